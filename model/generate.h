@@ -1,0 +1,25 @@
+// Text generation with a key/value cache: greedy or sampled with a counter-based generator.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace kompakt {
+
+class Transformer;
+
+struct GenerateOptions {
+  std::int64_t max_new_tokens = 128;
+  double temperature = 0;  // 0 = greedy (first index wins a tie)
+  std::int64_t top_k = 0;  // 0 = all
+  double top_p = 1;
+  std::uint64_t seed = 0;
+  std::vector<std::int64_t> stop;  // token ids that end the text (not returned)
+};
+
+// `on_token` (may be empty) sees every new token as it comes; returning false stops.
+std::vector<std::int64_t> generate(const Transformer& model, const std::vector<std::int64_t>& prompt, const GenerateOptions& options,
+                                   const std::function<bool(std::int64_t)>& on_token = {});
+
+}  // namespace kompakt

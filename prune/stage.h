@@ -1,0 +1,49 @@
+// The stage `prune`: neurons, heads, layers and vocabulary really removed; the result is a plain smaller model.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "core/fields.h"
+#include "train/context.h"
+#include "train/loop.h"
+#include "train/options.h"
+
+namespace kompakt {
+
+struct StructuredOptions {
+  double ffn = 1.0;          // share of feed-forward neurons kept
+  double heads = 1.0;        // share of attention heads kept (whole key/value groups for grouped queries)
+  std::int64_t layers = 0;   // layers to remove by block influence
+};
+
+struct VocabularyOptions {
+  std::int64_t first_ids = 0;  // besides pieces that the training texts use: keep all ids below this (vocabularies are sorted by frequency)
+};
+
+struct PruneOptions {
+  bool has_structured = false;
+  StructuredOptions structured;
+  bool has_vocabulary = false;
+  VocabularyOptions vocabulary;
+  std::string criterion = "taylor";   // row of the table of criteria
+  std::int64_t samples = 768;         // training examples (or sequences) that the importance is measured on
+  std::int64_t multiple_of = 32;      // widths are rounded to a multiple
+  std::string compensate = "none";    // none | ls: least-squares refit of the remaining down/output weights
+  bool has_recover = false;
+  TrainOptions recover;
+  Node objective;                     // of the recovery, as in distill
+};
+void fields(FieldVisitor& visitor, PruneOptions& options);
+
+// Shape after the stage, for `plan` and for the check of the recipe: Error with the nearest valid value where it does not divide.
+ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options);
+
+// Structured pruning (vocabulary excluded), then recovery with `objectives` when asked.
+void prune(Transformer& model, const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context);
+
+// Vocabulary: sorted old ids that are kept; then the embedding cut to them. The tokenizer is cut by Tokenizer::restrict_to.
+std::vector<std::int64_t> kept_vocabulary(const Tokenizer& tokenizer, const std::vector<std::vector<std::int64_t>>& texts, const VocabularyOptions& options);
+void restrict_vocabulary(Transformer& model, const std::vector<std::int64_t>& kept);
+
+}  // namespace kompakt

@@ -1,0 +1,65 @@
+// The table of grids: what values a weight may take, and how they are stored. Training, post-training quantization and the
+// exporter use the same encode/decode pair of one row; export is a lossless repack.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kompakt {
+
+// A quantized matrix. Codes are the integers of the grid; scales (and offsets) are float32 tensors whose values are already
+// rounded to the stored type, so that decode(pack(unpack)) is exact.
+struct Quantized {
+  at::Tensor codes;    // int8 [N,K]
+  at::Tensor scales;   // float32 [N,G], G = ceil(K / group)
+  at::Tensor offsets;  // float32 [N,G] or undefined: w = scale * code + offset
+};
+
+struct GridSpec;
+
+struct Grid {
+  std::string_view name;      // "ternary", "int8", "int4", "q2_0", ...
+  std::string_view summary;
+  double code_bits;           // stored bits per code (1.6 for five trits a byte)
+  int code_min, code_max;
+  bool asymmetric;            // has offsets
+  std::int64_t default_group; // 0 = one scale per row
+  bool group_fixed;           // the format dictates the group
+  std::string_view scale_type;// "f16", "f32", "6-bit in super-blocks"
+  std::string_view ggml_type; // GGUF type that holds it exactly, or ""
+  bool for_embeddings;
+  double gaussian_error;      // largest relative squared error on N(0,1) that a test may see at the default group
+  // w float32 [N,K]; importance float32 [K] (diagonal of the input second moment) or undefined.
+  Quantized (*encode)(const at::Tensor& w, std::int64_t group, const at::Tensor& importance);
+  // Nearest codes for scales that are fixed already (inside GPTQ and training).
+  at::Tensor (*codes_for)(const at::Tensor& w, const at::Tensor& scales, const at::Tensor& offsets, std::int64_t group);
+  // Bytes of N rows: codes packed row by row (rows padded to whole bytes), without scales.
+  std::vector<std::byte> (*pack)(const at::Tensor& codes);
+  at::Tensor (*unpack)(std::span<const std::byte> bytes, std::int64_t rows, std::int64_t columns);
+};
+
+std::span<const Grid> grids();
+const Grid* find_grid(std::string_view name);
+std::vector<std::string> grid_names();
+
+// A grid with its group, as a recipe names it: {weights: ternary, group: 64}.
+struct GridSpec {
+  const Grid* grid = nullptr;
+  std::int64_t group = 0;  // 0 = whole row
+  std::int64_t group_for(std::int64_t columns) const { return group > 0 ? group : columns; }
+  double bits_per_weight(std::int64_t columns) const;  // with scales
+  std::int64_t packed_bytes(std::int64_t rows, std::int64_t columns) const;
+};
+
+// w float32 [N,K]. Throws Error when the group does not divide K and the grid does not allow a short last group.
+Quantized encode(const GridSpec& spec, const at::Tensor& w, const at::Tensor& importance = {});
+at::Tensor decode(const GridSpec& spec, const Quantized& q);  // float32 [N,K]
+// decode(encode(w)): value only, no gradient.
+at::Tensor round_to_grid(const GridSpec& spec, const at::Tensor& w, const at::Tensor& importance = {});
+
+}  // namespace kompakt

@@ -1,0 +1,65 @@
+// The stage `quantize`: which tensors take which grid, by which method.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/fields.h"
+#include "quantize/grids.h"
+#include "train/constraint.h"
+#include "train/context.h"
+#include "train/options.h"
+
+namespace kompakt {
+
+struct QuantizeOptions {
+  std::string weights = "int4";     // grid of all linears in blocks
+  std::int64_t group = -1;          // -1 = the grid's own
+  std::string embedding = "int8";   // grid of the token embedding (and the tied head), or "none"
+  std::int64_t embedding_group = -1;
+  std::string method = "rtn";       // row of the table of methods: rtn | gptq | trifit | qad
+  std::string head = "none";        // grid of the classifier, or "none"
+  std::vector<std::string> keep;    // patterns of tensors left in float
+  bool allow_fallback = false;      // where a row does not fit the group: take the fallback grid and list it
+  std::string fallback = "int8";
+  // gptq
+  double damping = 0.01;
+  bool act_order = true;
+  double teacher_target = 0;        // alpha of the teacher-activation target; 0 = off
+  std::int64_t polish_rounds = 0;   // refit + coordinate descent
+  std::int64_t calibration_sequences = 128;
+  // qad
+  bool has_train = false;
+  TrainOptions train;
+  Node objective;                   // as in distill; default: labels 0.2, forward_kl T=2
+};
+void fields(FieldVisitor& visitor, QuantizeOptions& options);
+
+// How every tensor of the model is stored after the stage: name of the Linear or Embedding -> grid.
+struct QuantizationPlan {
+  std::map<std::string, GridSpec> tensors;  // absent = float
+  std::vector<std::string> fallbacks;       // sentences for the report
+};
+QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOptions& options);
+
+// What the stage leaves behind, beside the float master weights set to the decoded values.
+struct QuantizedModel {
+  QuantizationPlan plan;
+  std::map<std::string, Quantized> tensors;  // codes and scales by name
+};
+
+// Fake quantization during training: exact scales from the master weight at every step, straight-through gradient.
+std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan);
+
+// Puts decoded weights into `model` (so that it computes what will be deployed) and returns codes and scales.
+// The objective list for method qad is built by the pipeline from options.objective and handed in.
+QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context);
+
+// quantization.safetensors of a stage folder: packed codes, scales, plan. Lossless.
+void save_quantized(const QuantizedModel& quantized, const std::filesystem::path& folder);
+QuantizedModel load_quantized(const std::filesystem::path& folder);
+bool has_quantized(const std::filesystem::path& folder);
+
+}  // namespace kompakt

@@ -1,0 +1,43 @@
+// What the pipeline hands to every stage.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "core/json.h"
+#include "data/batches.h"
+#include "data/dataset.h"
+#include "data/tokenizer.h"
+#include "train/objective.h"
+
+namespace kompakt {
+
+// Data tokenized for the model that the stage works on. The test set is never handed to a stage.
+struct TaskData {
+  enum class Kind { classification, text };
+  Kind kind = Kind::classification;
+  const Tokenizer* tokenizer = nullptr;
+  std::vector<std::string> labels;
+  TokenizedExamples train, dev;                        // classification
+  std::vector<std::vector<std::int64_t>> train_documents;  // text: token ids per document (training)
+  std::vector<std::vector<std::int64_t>> calibration;      // text: windows of equal length
+  std::vector<std::vector<std::int64_t>> heldout;          // text: windows for early stopping
+  std::string hash;                                    // over everything above
+};
+
+struct StageContext {
+  std::string title;              // "02-distill", for progress and metrics
+  std::filesystem::path work;     // scratch of this stage; survives a kill, removed when the stage is done
+  bool resume = false;            // use what `work` holds
+  std::uint64_t seed = 0;
+  c10::Device device = c10::Device(c10::kCPU);
+  const TaskData* data = nullptr;
+  TeacherSource* teacher = nullptr;  // null when the run has none
+  Json* details = nullptr;           // the stage's part of the report: loss_curve, layers, removed, ...
+};
+
+}  // namespace kompakt

@@ -1,0 +1,66 @@
+// What is minimised: a weighted sum of parts over student outputs, taps, labels and teacher targets.
+// Stages build their own; the loop knows nothing of what they compute.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "data/batches.h"
+#include "model/taps.h"
+#include "model/transformer.h"
+
+namespace kompakt {
+
+struct TeacherTargets {
+  at::Tensor logits;                       // [B,C] or [B,T,V] float32
+  std::map<std::string, at::Tensor> taps;  // same names and shapes as the student's taps, teacher width
+};
+
+// Where teacher outputs come from: a live model or a cache. Same example, same values, whatever the batch.
+class TeacherSource {
+ public:
+  virtual ~TeacherSource() = default;
+  // Called once before training with the taps that objectives need; may do all the work (cache).
+  virtual void prepare(const std::set<std::string>& taps) = 0;
+  virtual TeacherTargets targets(const TokenBatch& batch) = 0;
+  virtual const ModelConfig& config() const = 0;
+  virtual std::string fingerprint() const = 0;  // weights + tokenizer + data
+};
+
+struct ObjectiveInput {
+  const Transformer& student;
+  const ModelInput& input;
+  const TokenBatch& batch;
+  const at::Tensor& logits;        // [B,C] or [B,T,V]; undefined when every objective said wants_hidden()
+  const at::Tensor& hidden;        // [B,T,d] last hidden states
+  const TapMap& taps;              // student's
+  const TeacherTargets* teacher;   // null when no objective asked for it
+};
+
+struct LossPart {
+  std::string name;  // "forward_kl", "cross_entropy"
+  at::Tensor value;  // scalar, not yet weighted, detached by the loop for logging
+};
+
+class Objective {
+ public:
+  virtual ~Objective() = default;
+  virtual bool needs_teacher() const { return false; }
+  virtual bool needs_logits() const { return true; }  // false: works from hidden states (fused linear + loss)
+  virtual void request_taps(std::set<std::string>& student, std::set<std::string>& teacher) const { (void)student, (void)teacher; }
+  // Extra trainable tensors (projections); saved with the state, not with the model.
+  virtual std::vector<std::pair<std::string, at::Tensor>> parameters() { return {}; }
+  // Weighted total; appends every part. Mean per valid token or example.
+  virtual at::Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) = 0;
+};
+
+// Cross entropy with the labels (classification) or the next token (text, document boundaries respected).
+std::unique_ptr<Objective> label_cross_entropy(double label_smoothing = 0);
+
+}  // namespace kompakt
