@@ -67,12 +67,21 @@ install_packages() {
     "${runner[@]}" true 2> /dev/null || die "sudo did not let $(id -un) install packages" \
       "ask an administrator to run: apt-get install --no-install-recommends ${missing[*]}"
   fi
-  "${runner[@]}" apt-get update -qq >&2 || die "the package lists could not be updated (apt's message stands above)" \
+  quietly "${runner[@]}" apt-get update -qq || die "the package lists could not be updated (apt's message stands above)" \
     "check the network and the sources in /etc/apt, then run this script again"
-  "${runner[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >&2 ||
+  quietly "${runner[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "${missing[@]}" ||
     die "apt-get could not install the packages (its message stands above)" \
       "'Unable to locate' means that this release does not have the package; Debian 12 has them all" \
       "a disk without space or another apt that runs now are the other usual reasons"
+}
+
+# quietly COMMAND...: its output appears only when it fails.
+quietly() {
+  local output
+  if ! output="$("$@" 2>&1)"; then
+    printf '%s\n' "$output" >&2
+    return 1
+  fi
 }
 
 check_tools() {
