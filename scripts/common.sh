@@ -82,20 +82,32 @@ use_toolkit_compiler() {
   fi
 }
 
-# torch_option: the -DTorch_DIR=... of the arguments or of $KOMPAKT_TORCH, empty when LibTorch is the project's own.
-# KOMPAKT_TORCH may name the folder `torch` of an installation, or the one that holds TorchConfig.cmake.
+# torch_option [-D...]: the option that names a LibTorch of the user's own, from the arguments, $KOMPAKT_TORCH or $Torch_DIR;
+# nothing when the project's own in .venv is meant. KOMPAKT_TORCH may name the folder `torch` of an installation, or the
+# one that holds TorchConfig.cmake.
 torch_option() {
-  local argument
+  local argument prefix torch
   for argument in "$@"; do
     case "$argument" in
-      -DTorch_DIR=* | -DTorch_DIR:*=* | -DCMAKE_PREFIX_PATH=* | -DCMAKE_PREFIX_PATH:*=*) echo "$argument" && return ;;
+      -DTorch_DIR=* | -DTorch_DIR:*=*)
+        torch="${argument#*=}"
+        [ -f "$torch/../../../lib/libtorch_cpu.so" ] || die "no LibTorch at $torch (from $argument)" \
+          "name the folder share/cmake/Torch of an installation that has lib/libtorch_cpu.so"
+        echo "$argument" && return
+        ;;
+      -DCMAKE_PREFIX_PATH=* | -DCMAKE_PREFIX_PATH:*=*)
+        local IFS=';'
+        for prefix in ${argument#*=}; do
+          if [ -f "$prefix/lib/libtorch_cpu.so" ] || [ -f "$prefix/torch/lib/libtorch_cpu.so" ]; then echo "$argument" && return; fi
+        done
+        ;;
     esac
   done
-  local torch="${KOMPAKT_TORCH:-${Torch_DIR:-}}"
+  torch="${KOMPAKT_TORCH:-${Torch_DIR:-}}"
   [ -n "$torch" ] || return 0
   if [ -f "$torch/lib/libtorch_cpu.so" ]; then
     echo "-DTorch_DIR=$(cd -- "$torch" && pwd -P)/share/cmake/Torch"
-  elif [ -f "$torch/TorchConfig.cmake" ]; then
+  elif [ -f "$torch/../../../lib/libtorch_cpu.so" ]; then
     echo "-DTorch_DIR=$(cd -- "$torch" && pwd -P)"
   else
     die "no LibTorch in $torch (from KOMPAKT_TORCH or Torch_DIR)" \

@@ -7,7 +7,7 @@ set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-readonly suites=(core formats data)
+suites=(core formats data)
 
 require_writable_root
 use_writable_cache

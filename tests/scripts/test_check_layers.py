@@ -66,6 +66,9 @@ class CheckLayers(unittest.TestCase):
     def test_using_namespace(self):
         self.broken({"core/a.cpp": "using namespace kompakt;\n"}, "unity build")
         self.assertEqual(self.check({"core/a.cpp": "void f() {\n  using namespace std::chrono;\n}\n"}), ([], []))
+        self.broken({"core/a.cpp": "using namespace std;\n"}, "unity build")
+        violations, warnings = self.check({"core/a.h": "namespace kompakt::bits {\n}\n", "core/a.cpp": "using namespace bits;\n"})
+        self.assertEqual((len(violations), len(warnings)), (0, 1))
 
     def test_machine_paths(self):
         self.broken({"docs/a.md": "see " + "/".join(["", "home", "someone", "notes"])}, "a path of one machine")
