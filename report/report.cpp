@@ -1,0 +1,238 @@
+// Manifest to report: one layout for teacher, stages and artifact; what is absent becomes null with a reason.
+#include "report/report.h"
+
+#include <algorithm>
+#include <map>
+#include <vector>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "core/text.h"
+#include "report/gates.h"
+#include "report/metrics.h"
+#include "report/verdict.h"
+
+namespace kompakt {
+namespace {
+namespace fs = std::filesystem;
+
+constexpr const char* report_not_measured = "not measured in this run";
+
+const Json& report_member(const Json& object, const char* key, Json::value_t type, const std::string& place) {
+  static const Json empty_object = Json::object(), empty_array = Json::array();
+  const Json* value = find_json(object, {key});
+  if (!value) return type == Json::value_t::array ? empty_array : empty_object;
+  if (value->type() != type) throw Error(str("\"", key, "\" of the manifest has the wrong type")).at(place).given(value->type_name()).allowed(type == Json::value_t::array ? "a list" : "an object");
+  return *value;
+}
+
+void report_copy(const Json& from, Json& to, std::initializer_list<const char*> keys) {
+  for (const char* key : keys) {
+    if (const Json* value = find_json(from, {key})) to[key] = *value;
+  }
+}
+
+// The split whose score stands in headings: test before dev before any other, and the only one when there is one.
+std::string report_headline(const Json& groups, std::initializer_list<const char*> preferred) {
+  for (const char* name : preferred) {
+    if (groups.contains(name)) return name;
+  }
+  return groups.empty() ? std::string() : groups.begin().key();
+}
+
+// Figures of a MODEL at the top level of an entry, where every reader finds them.
+void report_model(const Json& model, Json& entry, const std::string& place) {
+  report_copy(model, entry, {"label", "path", "bytes", "weight_bytes", "parameters", "bits_per_weight", "embedding_share", "shape"});
+  const Json& tasks = report_member(model, "tasks", Json::value_t::object, place);
+  if (const std::string name = report_headline(tasks, {"test", "dev"}); !name.empty()) {
+    const Json& task = report_member(tasks, name.c_str(), Json::value_t::object, place);
+    entry["task"] = name;
+    report_copy(task, entry, {"n", "accuracy", "macro_f1", "ece"});
+    if (const Json* versus = find_json(task, {"versus_teacher"})) {
+      entry["versus_teacher"] = *versus;
+      report_copy(*versus, entry, {"agreement"});
+    }
+  }
+  const Json& texts = report_member(model, "language", Json::value_t::object, place);
+  if (const std::string name = report_headline(texts, {}); !name.empty()) {
+    entry["text"] = name;
+    report_copy(report_member(texts, name.c_str(), Json::value_t::object, place), entry, {"perplexity", "kl", "top1_agreement"});
+  }
+  if (const Json* latency = find_json(model, {"latency_ms"})) {
+    if (const auto value = number_of(*latency, "latency_ms")) entry["latency_ms"] = *value;
+    if (const Json* protocol = find_json(*latency, {"protocol"})) entry["latency_protocol"] = *protocol;
+  }
+  report_copy(model, entry, {"tokens_per_second", "joules_per_token"});
+  if (!tasks.empty()) entry["tasks"] = tasks;
+  if (!texts.empty()) entry["language"] = texts;
+  if (!entry.contains("bits_per_weight")) {
+    const auto bytes = number_at(entry, "bytes"), parameters = number_at(entry, "parameters");
+    if (bytes && parameters && *parameters > 0) entry["bits_per_weight"] = 8 * *bytes / *parameters;
+  }
+}
+
+// Every metric that the entry lacks becomes null with a reason.
+void report_nulls(const Json& model, Json& entry, bool run_has_tasks, bool run_has_texts, Json reasons) {
+  if (const Json* given = find_json(model, {"nulls"})) reasons.update(*given);
+  Json nulls = Json::object();
+  for (const Metric& metric : metrics()) {
+    if (number_at(entry, metric.name)) continue;
+    entry[metric.name] = nullptr;
+    const bool foreign = (metric.needs == Metric::Needs::task && !run_has_tasks) || (metric.needs == Metric::Needs::language && !run_has_texts);
+    nulls[metric.name] = reasons.contains(metric.name) ? reasons[metric.name] : Json(foreign ? (run_has_tasks ? no_text_reason : no_task_reason) : report_not_measured);
+  }
+  entry["nulls"] = nulls;
+}
+
+void report_ratios(const Json& teacher, Json& entry) {
+  Json ratios = Json::object();
+  for (const Metric& metric : metrics()) {
+    const auto mine = number_at(entry, metric.name), theirs = number_at(teacher, metric.name);
+    if (mine && theirs && *theirs > 0 && (metric.unit != Unit::share)) ratios[metric.name] = *mine / *theirs;
+  }
+  entry["ratio_to_teacher"] = ratios;
+}
+
+// {"seconds": {"predicted":70,"measured":81.2,"ratio":1.16}}: measured over predicted.
+Json report_predictions(const Json& predicted, const Json& entry) {
+  Json result = Json::object();
+  for (const auto& [key, value] : predicted.items()) {
+    const auto expected = number_of(value, str("predicted.", key)), measured = number_at(entry, key);
+    if (!expected) continue;
+    result[key] = {{"predicted", *expected}, {"measured", measured ? Json(*measured) : Json()}, {"ratio", measured && *expected > 0 ? Json(*measured / *expected) : Json()}};
+  }
+  return result;
+}
+
+bool report_any(const Json& manifest, const char* group) {
+  const auto has = [&](const Json& model) {
+    const Json* found = find_json(model, {group});
+    return found && !found->empty();
+  };
+  if (const Json* teacher = find_json(manifest, {"teacher"}); teacher && has(*teacher)) return true;
+  if (const Json* artifact = find_json(manifest, {"artifact"}); artifact && has(*artifact)) return true;
+  if (const Json* stages = find_json(manifest, {"stages"})) {
+    for (const Json& stage : *stages) {
+      if (const Json* model = find_json(stage, {"model"}); model && has(*model)) return true;
+    }
+  }
+  return false;
+}
+
+Json report_stage(const Json& stage, const Json& teacher, bool tasks, bool texts, const std::string& place) {
+  Json entry = {{"name", json_get<std::string>(stage, "name", place)}};
+  report_copy(stage, entry, {"stage", "key", "reused"});
+  const Json& model = report_member(stage, "model", Json::value_t::object, place);
+  report_model(model, entry, place);
+  report_copy(stage, entry, {"seconds", "cpu_seconds", "peak_memory_bytes", "energy_joules"});
+  // Of a stage the time and memory are those of making the model; those of using it have names of their own.
+  if (const Json* memory = find_json(model, {"peak_memory_bytes"})) entry["inference_peak_memory_bytes"] = *memory;
+  Json reasons = Json::object();
+  if (const Json* reason = find_json(stage, {"energy_reason"})) reasons["energy_joules"] = *reason;
+  if (model.empty()) {
+    for (const Metric& metric : metrics()) {
+      if (!find_json(stage, {metric.name})) reasons[metric.name] = reasons.value(metric.name, "this stage makes no model");
+    }
+  }
+  report_nulls(model, entry, tasks, texts, reasons);
+  if (!teacher.is_null()) report_ratios(teacher, entry);
+  entry["predicted"] = report_predictions(report_member(stage, "predicted", Json::value_t::object, place), entry);
+  report_copy(stage, entry, {"outputs", "details"});
+  return entry;
+}
+
+// Loss curves of stages that carry none, from the events of metrics.jsonl. A torn last line (a killed run) is left out.
+void report_curves(const fs::path& file, Json& manifest) {
+  if (!fs::exists(file) || !manifest.contains("stages")) return;
+  std::map<std::string, Json> curves;
+  for (const std::string& line : split(read_text(file), '\n')) {
+    const Json event = Json::parse(line, nullptr, false);
+    if (event.is_discarded() || !event.is_object() || event.value("event", "") != "step") continue;
+    const auto step = number_at(event, "step"), loss = number_at(event, "loss");
+    if (step && loss && event.contains("stage") && event["stage"].is_string()) curves[event["stage"].get<std::string>()].push_back({*step, *loss, Json::object()});
+  }
+  for (Json& stage : manifest["stages"]) {
+    if (find_json(stage, {"details", "loss_curve"})) continue;
+    const auto curve = curves.find(stage.value("name", ""));
+    if (curve != curves.end()) stage["details"]["loss_curve"] = curve->second;
+  }
+}
+
+}  // namespace
+
+Json report_from_manifest(const Json& manifest, const std::string& place) {
+  if (!manifest.is_object()) throw Error("the manifest is not an object").at(place).given(manifest.type_name());
+  const bool tasks = report_any(manifest, "tasks"), texts = report_any(manifest, "language");
+  Json report = {{"format", "kompakt report 1"}, {"name", json_get_or<std::string>(manifest, "name", place, "unnamed run")}, {"verdict", ""}};
+  report_copy(manifest, report, {"kompakt_version", "seed", "recipe_sha256", "started", "environment", "data"});
+
+  report["teacher"] = nullptr;
+  if (const Json* model = find_json(manifest, {"teacher"})) {
+    Json entry = {{"name", "teacher"}};
+    report_model(*model, entry, place);
+    report_copy(*model, entry, {"peak_memory_bytes", "seconds"});
+    report_nulls(*model, entry, tasks, texts, {{"seconds", "the teacher was given, or is timed under the stage that made it"}, {"kl", "the teacher is its own reference"}, {"top1_agreement", "the teacher is its own reference"}, {"agreement", "the teacher is its own reference"}, {"energy_joules", "the teacher was given, or is timed under the stage that made it"}});
+    report["teacher"] = entry;
+  }
+  report["stages"] = Json::array();
+  double seconds = 0, cpu = 0, memory = 0;
+  bool reused = false;
+  for (const Json& stage : report_member(manifest, "stages", Json::value_t::array, place)) {
+    report["stages"].push_back(report_stage(stage, report["teacher"], tasks, texts, place));
+    const Json& entry = report["stages"].back();
+    seconds += number_at(entry, "seconds").value_or(0);
+    cpu += number_at(entry, "cpu_seconds").value_or(0);
+    memory = std::max(memory, number_at(entry, "peak_memory_bytes").value_or(0));
+    reused = reused || json_get_or<bool>(entry, "reused", place, false);
+  }
+  report["artifact"] = nullptr;
+  if (const Json* model = find_json(manifest, {"artifact"})) {
+    Json entry = {{"name", "artifact"}};
+    report_model(*model, entry, place);
+    report_copy(*model, entry, {"peak_memory_bytes"});
+    if (seconds > 0) entry["seconds"] = seconds;  // of all stages: what it took to make it
+    report_nulls(*model, entry, tasks, texts, {{"energy_joules", "stated for each stage"}});
+    if (!report["teacher"].is_null()) report_ratios(report["teacher"], entry);
+    report_copy(*model, entry, {"details"});
+    report["artifact"] = entry;
+  }
+  report["totals"] = {{"stages", report["stages"].size()}, {"seconds", seconds}, {"cpu_seconds", cpu}, {"peak_memory_bytes", memory > 0 ? Json(memory) : Json()}, {"some_reused", reused}};
+  report["warnings"] = report_member(manifest, "warnings", Json::value_t::array, place);
+
+  // Gates come judged from the run, or as texts.
+  Json gates = Json::array();
+  for (const Json& gate : report_member(manifest, "gates", Json::value_t::array, place)) {
+    const std::string text = gate.is_string() ? gate.get<std::string>() : json_get<std::string>(gate, "text", place);
+    if (find_json(gate, {"met"})) {
+      gates.push_back(gate);
+    } else {
+      gates.push_back(gates_to_json(evaluate_gates(report, {text})).front());
+    }
+  }
+  report["gates"] = gates;
+  report["regressions"] = regressions(report);
+  report["verdict"] = verdict(report);
+  return report;
+}
+
+Json build_report(const fs::path& run) {
+  if (!fs::is_directory(run)) throw Error(str("\"", run.string(), "\" is no run folder")).hint("give the folder that `kompakt run` wrote, such as runs/NAME");
+  const fs::path file = run / "manifest.json";
+  if (!fs::exists(file)) throw Error(str("\"", run.string(), "\" holds no manifest.json")).at(file.string()).hint("give the folder that `kompakt run` wrote, such as runs/NAME");
+  Json manifest = read_json(file);
+  report_curves(run / "metrics.jsonl", manifest);
+  return report_from_manifest(manifest, file.string());
+}
+
+void write_report(const fs::path& run) {
+  const Json report = build_report(run);
+  // All texts first: a mistake in one leaves none half made.
+  const std::string json = dump_json(report), markdown = report_markdown(report), html = report_html(report);
+  const std::string junit = gate_junit(report.at("name").get<std::string>(), gates_from_json(report.at("gates")));
+  write_text(run / "report.json", json);
+  write_text(run / "report.md", markdown);
+  write_text(run / "report.html", html);
+  write_text(run / "junit.xml", junit);
+}
+
+}  // namespace kompakt
