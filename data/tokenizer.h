@@ -39,6 +39,9 @@ class Tokenizer {
   // Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and (WordPiece) vocab.txt, loadable by `tokenizers`
   // and `transformers`. Deterministic.
   virtual void save(const std::filesystem::path& folder) const = 0;
+  // The fewest bytes from which load_tokenizer gives an equal tokenizer: what an artifact ships (WordPiece: vocab.txt and
+  // tokenizer_config.json, no tokenizer.json).
+  virtual void save_compact(const std::filesystem::path& folder) const { save(folder); }
   // Chat template text (Jinja) or "" when none.
   virtual std::string chat_template() const = 0;
   // SHA-256 over kind, vocabulary, merges and special tokens: equal for equal tokenizers, whatever file they came from.

@@ -5,10 +5,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <map>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include "quantize/packing.h"
 
 namespace kompakt {
 
@@ -41,6 +44,10 @@ struct Grid {
   // Bytes of N rows: codes packed row by row (rows padded to whole bytes), without scales.
   std::vector<std::byte> (*pack)(const at::Tensor& codes);
   at::Tensor (*unpack)(std::span<const std::byte> bytes, std::int64_t rows, std::int64_t columns);
+  // decode(encode(w)) in one pass, for training.
+  at::Tensor (*round)(const at::Tensor& w, std::int64_t group, const at::Tensor& importance);
+  CodeLayout layout;          // how pack and unpack store the codes
+  bool integer_zero;          // asymmetric: offset = -scale * z with an integer z in code_min..code_max (else a half-precision minimum)
 };
 
 std::span<const Grid> grids();
@@ -53,6 +60,8 @@ struct GridSpec {
   std::int64_t group = 0;  // 0 = whole row
   std::int64_t group_for(std::int64_t columns) const { return group > 0 ? group : columns; }
   double bits_per_weight(std::int64_t columns) const;  // with scales
+  std::int64_t scale_count(std::int64_t columns) const;  // G, scales a row
+  // Bytes of codes, scales (two each) and offsets (two each, or one for an integer zero) as quantization.safetensors holds them.
   std::int64_t packed_bytes(std::int64_t rows, std::int64_t columns) const;
 };
 
@@ -61,5 +70,12 @@ Quantized encode(const GridSpec& spec, const at::Tensor& w, const at::Tensor& im
 at::Tensor decode(const GridSpec& spec, const Quantized& q);  // float32 [N,K]
 // decode(encode(w)): value only, no gradient.
 at::Tensor round_to_grid(const GridSpec& spec, const at::Tensor& w, const at::Tensor& importance = {});
+
+// A quantized tensor with its grid, by the name of its Linear or Embedding: what exporters take.
+struct QuantizedTensor {
+  GridSpec spec;
+  Quantized values;
+};
+using QuantizedTensors = std::map<std::string, QuantizedTensor>;
 
 }  // namespace kompakt

@@ -37,6 +37,7 @@ struct StageContext {
   c10::Device device = c10::Device(c10::kCPU);
   const TaskData* data = nullptr;
   TeacherSource* teacher = nullptr;  // null when the run has none
+  std::vector<std::int64_t> layer_map;  // student layer -> teacher layer whose output it follows; kept from stage to stage
   Json* details = nullptr;           // the stage's part of the report: loss_curve, layers, removed, ...
 };
 

@@ -1,0 +1,17 @@
+// Tokenizers and GGUF metadata: reading tokenizer.ggml.* keys and writing them for an export.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "data/tokenizer.h"
+#include "formats/gguf.h"
+
+namespace kompakt {
+
+// tokenizer.ggml.* and tokenizer.chat_template, such that tokenizer_from_gguf gives an equal tokenizer (same fingerprint)
+// and llama.cpp the same ids. Error when the kind or the pre-tokenizer has no name in GGUF.
+std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer_metadata(const Tokenizer& tokenizer);
+
+}  // namespace kompakt

@@ -1,0 +1,53 @@
+#include "export/exporters.h"
+
+#include <array>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "core/text.h"
+#include "model/checkpoint.h"
+
+namespace kompakt {
+namespace fs = std::filesystem;
+
+std::span<const Exporter> exporters() {
+  static constexpr std::array<Exporter, 3> rows = {{
+      {"kompakt", "packed folder: codes and scales of every grid in one safetensors file, read by kompakt itself", false, packed_obstacles, write_packed, reopen_packed},
+      {"gguf", "GGUF v3 file for llama.cpp and its relatives (decoders)", true, gguf_obstacles, write_gguf_model, reopen_gguf},
+      {"safetensors", "plain Hugging Face folder with the decoded weights: loads everywhere, saves no bytes", false, plain_obstacles, write_plain, reopen_plain},
+  }};
+  return rows;
+}
+
+const Exporter* find_exporter(std::string_view name) {
+  for (const Exporter& row : exporters())
+    if (row.name == name) return &row;
+  return nullptr;
+}
+
+std::vector<std::string> exporter_names() {
+  std::vector<std::string> names;
+  for (const Exporter& row : exporters()) names.emplace_back(row.name);
+  return names;
+}
+
+bool is_packed(const fs::path& folder) {
+  if (!fs::is_directory(folder) || !fs::exists(folder / "config.json")) return false;
+  const Json config = read_json(folder / "config.json");
+  return config.contains("kompakt") && config.at("kompakt").contains("packed");
+}
+
+std::unique_ptr<Transformer> open_any_model(const fs::path& path) {
+  if (!fs::exists(path)) throw Error("there is no model").at(path.string()).hint("give a folder with config.json and safetensors, an artifact, or a .gguf file");
+  if (is_packed(path)) return reopen_packed(path);
+  if (fs::is_directory(path) && !fs::exists(path / "config.json") && fs::exists(path / "model.gguf")) return load_model(path / "model.gguf");
+  return load_model(path);
+}
+
+std::vector<std::string> plain_obstacles(const ModelConfig&, const std::map<std::string, GridSpec>&) { return {}; }
+
+void write_plain(const ExportRequest& request, const fs::path& folder) { save_model(request.model, folder); }
+
+std::unique_ptr<Transformer> reopen_plain(const fs::path& folder) { return load_model(folder); }
+
+}  // namespace kompakt

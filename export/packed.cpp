@@ -1,0 +1,161 @@
+// The packed folder. model.safetensors holds, for a quantized matrix NAME [N,K] with groups of g columns:
+//   NAME.codes   U8 [bytes]        rows of codes packed as the grid says
+//   NAME.scales  F16|F32 [N, K/g]  F16 when every value is a half exactly
+//   NAME.offsets likewise, asymmetric grids only
+// and every other tensor under its own name as F16 when that is exact, else F32. config.json has "kompakt": {"packed":
+// {"version": 1, "tensors": {NAME: {"grid","group","rows","columns"}}}}. Nothing is rounded here.
+#include <ATen/ATen.h>
+
+#include <set>
+#include <stdexcept>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "core/text.h"
+#include "export/exporters.h"
+#include "formats/safetensors.h"
+#include "model/checkpoint.h"
+
+namespace kompakt {
+namespace fs = std::filesystem;
+namespace {
+
+constexpr std::int64_t packed_version = 1;
+
+bool packed_fits_half(const at::Tensor& tensor) { return at::equal(tensor.to(at::kHalf).to(at::kFloat), tensor); }
+
+TensorData packed_float(const std::string& name, const at::Tensor& tensor) {
+  const at::Tensor plain = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
+  return as_data(name, packed_fits_half(plain) ? plain.to(at::kHalf) : plain);
+}
+
+// The name of the matrix that a parameter belongs to: "a.b.weight" -> "a.b".
+std::string packed_owner(const std::string& parameter) {
+  return ends_with(parameter, ".weight") ? parameter.substr(0, parameter.size() - 7) : parameter;
+}
+
+const TensorData& packed_tensor(const SafetensorsFile& file, const std::string& name, const fs::path& folder) {
+  const TensorData* found = file.find(name);
+  if (!found) throw Error(str("tensor \"", name, "\" is missing")).at((folder / "model.safetensors").string()).hint("the artifact is incomplete: export it again");
+  return *found;
+}
+
+struct PackedEntry {
+  GridSpec spec;
+  std::int64_t rows = 0, columns = 0;
+};
+
+std::map<std::string, PackedEntry> packed_entries(const fs::path& folder) {
+  const std::string place = (folder / "config.json").string();
+  const Json config = read_json(folder / "config.json");
+  const Json packed = json_get<Json>(json_get<Json>(config, "kompakt", place), "packed", place);
+  const auto version = json_get<std::int64_t>(packed, "version", place);
+  if (version != packed_version) throw Error("this version of the packed format is not known").at(place).given(std::to_string(version)).allowed(std::to_string(packed_version)).hint("use a newer kompakt");
+  std::map<std::string, PackedEntry> entries;
+  const Json tensors = json_get<Json>(packed, "tensors", place);
+  for (const auto& [name, entry] : tensors.items()) {
+    const std::string grid = json_get<std::string>(entry, "grid", place);
+    PackedEntry read;
+    read.spec.grid = find_grid(grid);
+    if (!read.spec.grid) throw Error(str("unknown grid \"", grid, "\" of tensor \"", name, "\"", did_you_mean(grid, grid_names()))).at(place).allowed(join(grid_names(), ", "));
+    read.spec.group = json_get<std::int64_t>(entry, "group", place);
+    read.rows = json_get<std::int64_t>(entry, "rows", place);
+    read.columns = json_get<std::int64_t>(entry, "columns", place);
+    if (read.spec.group < 0 || read.rows < 1 || read.columns < 1 || read.rows > (std::int64_t{1} << 31) || read.columns > (std::int64_t{1} << 31))
+      throw Error(str("impossible sizes of tensor \"", name, "\"")).at(place).given(entry.dump());
+    entries[name] = read;
+  }
+  return entries;
+}
+
+at::Tensor packed_decode(const SafetensorsFile& file, const std::string& name, const PackedEntry& entry, const fs::path& folder) {
+  const TensorData& codes = packed_tensor(file, name + ".codes", folder);
+  const std::string place = str((folder / "model.safetensors").string(), ": ", name);
+  Quantized values;
+  values.scales = as_tensor(packed_tensor(file, name + ".scales", folder)).to(at::kFloat);
+  const std::int64_t group = entry.spec.group_for(entry.columns), groups = (entry.columns + group - 1) / group;
+  if (values.scales.dim() != 2 || values.scales.size(0) != entry.rows || values.scales.size(1) != groups)
+    throw Error("the scales have the wrong shape").at(place).given(str(values.scales.sizes())).allowed(str("[", entry.rows, ", ", groups, "]"));
+  if (entry.spec.grid->asymmetric) {
+    values.offsets = as_tensor(packed_tensor(file, name + ".offsets", folder)).to(at::kFloat);
+    if (values.offsets.sizes() != values.scales.sizes()) throw Error("the offsets have the wrong shape").at(place).given(str(values.offsets.sizes()));
+  }
+  if (!at::isfinite(values.scales).all().item<bool>() || (values.offsets.defined() && !at::isfinite(values.offsets).all().item<bool>())) throw Error("a scale or an offset is not finite").at(place);
+  if (codes.dtype != DType::u8) throw Error("the codes have the wrong type").at(place).given(std::string(name_of(codes.dtype))).allowed("U8");
+  // Rows are packed to whole bytes, so one row tells the size of all.
+  const std::size_t expected = entry.spec.grid->pack(at::zeros({1, entry.columns}, at::kChar)).size() * static_cast<std::size_t>(entry.rows);
+  if (codes.bytes.size() != expected) throw Error("the packed codes have the wrong size").at(place).given(str(codes.bytes.size(), " bytes")).allowed(str(expected, " bytes"));
+  values.codes = entry.spec.grid->unpack(codes.bytes, entry.rows, entry.columns);
+  return decode(entry.spec, values);
+}
+
+}  // namespace
+
+std::vector<std::string> packed_obstacles(const ModelConfig&, const std::map<std::string, GridSpec>&) { return {}; }
+
+void write_packed(const ExportRequest& request, const fs::path& folder) {
+  std::vector<TensorData> tensors;
+  Json table = Json::object();
+  std::set<std::string> written;
+  for (const auto& [parameter, value] : request.model.parameters()) {
+    const std::string owner = packed_owner(parameter);
+    const auto found = request.quantized.find(owner);
+    if (found == request.quantized.end()) {
+      tensors.push_back(packed_float(parameter, value));
+      continue;
+    }
+    const auto& [spec, quantized] = found->second;
+    if (!at::equal(decode(spec, quantized), value.detach().to(at::kCPU, at::kFloat))) throw std::logic_error("packed export: codes of " + owner + " do not decode to the model's weight");
+    std::vector<std::byte> codes = spec.grid->pack(quantized.codes);
+    const auto size = static_cast<std::int64_t>(codes.size());
+    tensors.push_back(make_tensor(owner + ".codes", DType::u8, {size}, std::move(codes)));
+    tensors.push_back(packed_float(owner + ".scales", quantized.scales));
+    if (quantized.offsets.defined()) tensors.push_back(packed_float(owner + ".offsets", quantized.offsets));
+    table[owner] = Json{{"grid", spec.grid->name}, {"group", spec.group}, {"rows", quantized.codes.size(0)}, {"columns", quantized.codes.size(1)}};
+    written.insert(owner);
+  }
+  for (const auto& [name, tensor] : request.quantized)
+    if (!written.count(name)) throw std::logic_error("packed export: quantized tensor " + name + " is not in the model");
+  write_safetensors(folder / "model.safetensors", std::move(tensors), {{"format", "kompakt-packed"}});
+  Json config = config_to_json(request.model.config());
+  config["kompakt"]["packed"] = Json{{"version", packed_version}, {"tensors", std::move(table)}};
+  write_json(folder / "config.json", config);
+}
+
+std::map<std::string, GridSpec> packed_grids(const fs::path& folder) {
+  std::map<std::string, GridSpec> grids;
+  if (is_packed(folder))
+    for (const auto& [name, entry] : packed_entries(folder)) grids[name] = entry.spec;
+  return grids;
+}
+
+std::unique_ptr<Transformer> reopen_packed(const fs::path& folder) {
+  Json json = read_json(folder / "config.json");
+  const ModelConfig config = config_from_json(json, (folder / "config.json").string());
+  const std::map<std::string, PackedEntry> entries = packed_entries(folder);
+  const SafetensorsFile file = SafetensorsFile::open(folder / "model.safetensors");
+  auto model = std::make_unique<Transformer>(config);
+  std::set<std::string> used;
+  for (const NamedParameter& parameter : model->parameters()) {
+    const std::string owner = packed_owner(parameter.name);
+    at::Tensor value;
+    if (const auto entry = entries.find(owner); entry != entries.end()) {
+      value = packed_decode(file, owner, entry->second, folder);
+      for (const char* part : {".codes", ".scales", ".offsets"}) used.insert(owner + part);
+    } else {
+      value = as_tensor(packed_tensor(file, parameter.name, folder)).to(at::kFloat);
+      used.insert(parameter.name);
+      if (!at::isfinite(value).all().item<bool>()) throw Error("a weight is not finite").at(str((folder / "model.safetensors").string(), ": ", parameter.name));
+    }
+    if (value.sizes() != parameter.value->sizes())
+      throw Error(str("tensor \"", parameter.name, "\" has the wrong shape")).at((folder / "model.safetensors").string()).given(str(value.sizes())).allowed(str(parameter.value->sizes()));
+    *parameter.value = value.clone();
+  }
+  Problems problems;
+  for (const TensorData& tensor : file.tensors())
+    if (!used.count(tensor.name)) problems.add(Error(str("unexpected tensor \"", tensor.name, "\"")).at((folder / "model.safetensors").string()));
+  problems.throw_if_any("the artifact holds tensors that its model does not have");
+  return model;
+}
+
+}  // namespace kompakt

@@ -1,0 +1,17 @@
+// Which device a run uses, and what this build of kompakt stands on.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <string>
+
+namespace kompakt {
+
+// "cpu", "cuda" or "cuda:N". Error when the device is not there, with the reason.
+c10::Device parse_device(const std::string& text);
+bool cuda_available();
+std::string torch_version();
+// Threads for CPU work: OMP_NUM_THREADS when set, else all cores of this process.
+void set_threads();
+
+}  // namespace kompakt

@@ -1,0 +1,151 @@
+#include "pipeline/measure.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "core/files.h"
+#include "core/log.h"
+#include "core/system.h"
+#include "core/text.h"
+#include "evaluate/latency.h"
+#include "evaluate/statistics.h"
+
+namespace kompakt {
+namespace {
+
+Json interval_json(const Interval& interval) { return Json{{"value", interval.value}, {"low", interval.low}, {"high", interval.high}}; }
+
+// Largest softmax probability of every example.
+std::vector<double> confidences(const Predictions& predictions) {
+  std::vector<double> out;
+  const auto classes = static_cast<std::size_t>(predictions.classes);
+  for (std::size_t row = 0; row < predictions.labels.size(); ++row) {
+    const float* logits = predictions.logits.data() + row * classes;
+    const double top = *std::max_element(logits, logits + classes);
+    double sum = 0;
+    for (std::size_t c = 0; c < classes; ++c) sum += std::exp(static_cast<double>(logits[c]) - top);
+    out.push_back(1.0 / sum);
+  }
+  return out;
+}
+
+Json measure_task(const Predictions& predictions, const std::vector<std::int64_t>& truth, const std::vector<std::string>& labels, const Predictions* teacher) {
+  const auto classes = static_cast<std::int64_t>(labels.size());
+  const auto& predicted = predictions.labels;
+  std::vector<std::int64_t> right(truth.size());
+  for (std::size_t i = 0; i < truth.size(); ++i) right[i] = predicted[i] == truth[i];
+  Json task{{"n", truth.size()}, {"accuracy", interval_json(accuracy(predicted, truth))}, {"macro_f1", interval_json(macro_f1_interval(predicted, truth, classes))},
+            {"ece", expected_calibration_error(confidences(predictions), right)}};
+  const auto scores = class_scores(predicted, truth, classes);
+  std::vector<ClassScore> teacher_scores;
+  if (teacher) {
+    teacher_scores = class_scores(teacher->labels, truth, classes);
+    const Discordant pairs = discordant(predicted, teacher->labels, truth);
+    task["versus_teacher"] = Json{{"accuracy_difference", interval_json(accuracy_difference(predicted, teacher->labels, truth))},
+                                  {"macro_f1_difference", interval_json(macro_f1_difference(predicted, teacher->labels, truth, classes))},
+                                  {"mcnemar_p", mcnemar_exact(pairs.first_only, pairs.second_only)},
+                                  {"agreement", static_cast<double>(pairs.agree) / static_cast<double>(truth.size())}};
+  }
+  // The classes that lost most against the teacher come first; without one, the weakest.
+  std::vector<std::size_t> order(scores.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  const auto badness = [&](std::size_t c) { return teacher ? scores[c].f1 - teacher_scores[c].f1 : scores[c].f1; };
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return badness(a) < badness(b); });
+  Json worst = Json::array();
+  for (std::size_t i = 0; i < std::min<std::size_t>(order.size(), 8); ++i) {
+    Json row{{"label", labels[order[i]]}, {"f1", scores[order[i]].f1}, {"n", scores[order[i]].n}};
+    if (teacher) row["f1_teacher"] = teacher_scores[order[i]].f1;
+    worst.push_back(std::move(row));
+  }
+  task["worst_classes"] = std::move(worst);
+  return task;
+}
+
+Json measure_language(const LanguageScores& scores, bool has_teacher) {
+  const std::vector<std::int64_t> tokens(scores.window_nll.size(), scores.scored_per_window);
+  Json out{{"perplexity", interval_json(perplexity_interval(scores.window_nll, tokens))}, {"protocol", language_protocol},
+           {"tokens", static_cast<std::int64_t>(scores.window_nll.size()) * scores.scored_per_window}};
+  if (!has_teacher) return out;
+  const std::vector<double> kl(scores.kl.begin(), scores.kl.end());
+  const Spread kl_spread = spread(kl);
+  // Positions of a window depend on each other: the interval resamples windows.
+  std::vector<double> window_kl, window_same;
+  const auto length = static_cast<std::size_t>(scores.scored_per_window);
+  for (std::size_t w = 0; w * length < kl.size(); ++w) {
+    double sum = 0, same = 0;
+    for (std::size_t i = w * length; i < (w + 1) * length; ++i) sum += kl[i], same += scores.same_top1[i];
+    window_kl.push_back(sum / static_cast<double>(length));
+    window_same.push_back(same / static_cast<double>(length));
+  }
+  const Interval mean = mean_interval(window_kl);
+  out["kl"] = Json{{"mean", mean.value}, {"low", mean.low}, {"high", mean.high}, {"median", kl_spread.median}, {"p99", kl_spread.p99}};
+  out["top1_agreement"] = interval_json(mean_interval(window_same));
+  return out;
+}
+
+}  // namespace
+
+Json describe_size(const Transformer& model, const std::filesystem::path& files, const std::vector<std::pair<std::string, std::int64_t>>& embedding_bytes) {
+  const ModelConfig& config = model.config();
+  const ParameterCount count = count_parameters(config);
+  const auto bytes = static_cast<std::int64_t>(bytes_on_disk(files));
+  std::int64_t embedding = 0;
+  for (const auto& [name, size] : embedding_bytes) embedding += size;
+  Json out{{"bytes", bytes}, {"parameters", count.total}, {"bits_per_weight", 8.0 * static_cast<double>(bytes) / static_cast<double>(count.total)},
+           {"shape", {{"layers", config.layers}, {"hidden", config.hidden}, {"ffn", config.ffn}, {"heads", config.heads}, {"vocabulary", config.vocab}}}};
+  out["embedding_share"] = embedding > 0 ? static_cast<double>(embedding) / static_cast<double>(bytes) : static_cast<double>(count.embedding) / static_cast<double>(count.total);
+  return out;
+}
+
+TeacherScores measure(const Transformer& model, const TokenizedData& data, const LoadedData& loaded, const MeasureOptions& options, const TeacherScores* teacher, const Transformer* teacher_model,
+                      const std::string& title, Json& out) {
+  TeacherScores scores;
+  Json nulls = Json::object();
+  nulls["joules_per_token"] = "no energy counter was read on this machine";
+  const std::int64_t pad = std::max<std::int64_t>(data.task.tokenizer->special().pad, 0);
+  if (data.task.kind == TaskData::Kind::classification && !data.test.ids.empty() && model.config().is_classifier()) {
+    Progress progress(str(title, ": test"), static_cast<std::int64_t>(data.test.ids.size()), "text");
+    scores.test = predict(model, data.test, pad, options.batch_size, [&](std::int64_t done) { progress.update(done); });
+    progress.finish();
+    out["tasks"]["test"] = measure_task(scores.test, data.test.labels, data.task.labels, teacher ? &teacher->test : nullptr);
+    if (!data.task.dev.ids.empty()) out["tasks"]["dev"] = measure_task(predict(model, data.task.dev, pad, options.batch_size), data.task.dev.labels, data.task.labels, nullptr);
+  } else if (data.task.kind == TaskData::Kind::text && !data.test_windows.empty()) {
+    Progress progress(str(title, ": test"), static_cast<std::int64_t>(data.test_windows.size()), "window");
+    const LanguageScores language = score_language(model, teacher_model, data.test_windows, 128, [&](std::int64_t done) { progress.update(done); });
+    progress.finish();
+    scores.window_nll = language.window_nll;
+    out["language"]["test"] = measure_language(language, teacher_model != nullptr);
+  } else {
+    nulls["accuracy"] = model.config().is_classifier() ? "the recipe has no test data" : "the model has no classifier yet";
+  }
+  if (options.latency) {
+    const std::int64_t tokens = std::min(options.latency_tokens, model.config().max_positions > 0 ? model.config().max_positions : options.latency_tokens);
+    const Latency latency = measure_latency(model, tokens, 1, static_cast<int>(options.latency_repeats));
+    out["latency_ms"] = Json{{"value", latency.median_ms}, {"fastest", latency.fastest_ms}, {"protocol", latency.protocol}};
+    out["tokens_per_second"] = latency.tokens_per_second;
+  } else {
+    nulls["latency_ms"] = "evaluate: {latency: false}";
+  }
+  out["nulls"] = std::move(nulls);
+  return scores;
+}
+
+Json cascade_curve(const Predictions& small, const Predictions& teacher, const std::vector<std::int64_t>& truth) {
+  const std::vector<double> sure = confidences(small);
+  std::vector<std::size_t> order(sure.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return sure[a] > sure[b]; });
+  Json curve = Json::array();
+  for (const double share : {1.0, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25, 0.0}) {
+    const auto kept = static_cast<std::size_t>(std::llround(share * static_cast<double>(order.size())));
+    std::int64_t right = 0;
+    for (std::size_t i = 0; i < order.size(); ++i) right += (i < kept ? small.labels : teacher.labels)[order[i]] == truth[order[i]];
+    curve.push_back(Json{{"kept", share}, {"threshold", kept == 0 ? 1.0 : kept == order.size() ? 0.0 : sure[order[kept - 1]]}, {"accuracy", static_cast<double>(right) / static_cast<double>(truth.size())}});
+  }
+  return curve;
+}
+
+}  // namespace kompakt

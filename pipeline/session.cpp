@@ -1,0 +1,296 @@
+#include "pipeline/session.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "core/files.h"
+#include "core/hash.h"
+#include "core/log.h"
+#include "core/system.h"
+#include "core/text.h"
+#include "export/exporters.h"
+#include "formats/safetensors.h"
+#include "model/checkpoint.h"
+#include "pipeline/device.h"
+#include "pipeline/version.h"
+#include "quantize/stage.h"
+#include "train/teacher.h"
+
+namespace kompakt {
+namespace fs = std::filesystem;
+namespace {
+
+std::string session_teacher_hash(const fs::path& path) {
+  if (fs::is_regular_file(path)) return sha256_file(path);
+  Sha256 all;
+  for (const char* name : {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt", "vocab.json"})
+    if (fs::exists(path / name)) all.update(name).update(sha256_file(path / name));
+  std::vector<fs::path> weights;
+  for (const auto& entry : fs::directory_iterator(path))
+    if (entry.path().extension() == ".safetensors") weights.push_back(entry.path());
+  std::sort(weights.begin(), weights.end());
+  for (const fs::path& file : weights) all.update(file.filename().string()).update(sha256_file(file));
+  return all.hex();
+}
+
+// Bytes that the embedding tables take in the files of a model, by tensor name.
+std::vector<std::pair<std::string, std::int64_t>> session_embedding_bytes(const Transformer& model, const fs::path& folder) {
+  std::vector<std::pair<std::string, std::int64_t>> out;
+  if (!fs::is_directory(folder) || !(fs::exists(folder / "model.safetensors") || fs::exists(folder / "model.safetensors.index.json"))) return out;
+  const auto starts = [&](const std::string& name) {
+    return starts_with(name, model.tokens.name + ".") || name.find("position_embeddings.") != std::string::npos || name.find("token_type_embeddings.") != std::string::npos;
+  };
+  for (const TensorData& tensor : SafetensorsFile::open(folder).tensors())
+    if (starts(tensor.name)) out.emplace_back(tensor.name, static_cast<std::int64_t>(tensor.bytes.size()));
+  return out;
+}
+
+}  // namespace
+
+RunSession::RunSession(const Recipe& recipe, const RunOptions& options)
+    : recipe_(recipe),
+      options_(options),
+      folder_(options.out.empty() ? fs::path("runs") / recipe.name : options.out),
+      store_(store_folder(recipe.store, recipe.base)),
+      device_(parse_device(options.device)),
+      evaluate_(evaluate_options(recipe)) {
+  if (!options.until.empty()) {
+    std::vector<std::string> names;
+    for (const RecipeStage& stage : recipe.stages) names.insert(names.end(), {stage.title, std::string(stage.row->name)});
+    if (std::find(names.begin(), names.end(), options.until) == names.end())
+      throw Error(str("--until names no stage of the recipe", did_you_mean(options.until, names))).given(options.until).allowed(join(names, ", "));
+  }
+  const fs::path teacher = recipe.path_of(recipe.teacher.path);
+  std::string hash = session_teacher_hash(teacher);
+  if (!recipe.teacher.tokenizer.empty()) {
+    const fs::path tokenizer = recipe.path_of(recipe.teacher.tokenizer);
+    hash = sha256(hash + (fs::is_directory(tokenizer) ? sha256_folder(tokenizer) : sha256_file(tokenizer)));
+  }
+  position_ = {hash, teacher, "teacher", {}};
+  teacher_position_ = position_;
+  manifest_ = Json{{"name", recipe.name}, {"kompakt_version", kompakt_version}, {"seed", recipe.seed}, {"recipe_sha256", sha256(dump_yaml(recipe.resolved))},
+                   {"environment", environment()}, {"data", nullptr}, {"teacher_source", {{"path", recipe.teacher.path}, {"sha256", hash}}}, {"teacher", nullptr},
+                   {"stages", Json::array()}, {"artifact", nullptr}};
+}
+
+Json RunSession::environment() const {
+  return Json{{"processor", processor_name()}, {"cores", core_count()}, {"torch", torch_version()}, {"device", device_.str()}, {"threads", at::get_num_threads()}};
+}
+
+std::string RunSession::stage_key(const RecipeStage& stage, std::size_t index) const {
+  return sha256(str(kompakt_version, "/", stage_revision, "\n", stage.row->name, "\n", dump_yaml(stage.options), position_.key, "\n", teacher_position_.key, "\n", data_hash_, "\n",
+                    recipe_.find_data("train") ? recipe_.find_data("train")->max_length : 0, "\n", recipe_.seed, "\n", stage.row->needs_train ? index : 0, "\n",
+                    stage.row->name == "export" ? recipe_.name : std::string()));
+}
+
+void RunSession::load_current() {
+  if (current_.model) return;
+  current_.model = load_model(position_.folder);
+  current_.model->to(device_);
+  const bool is_start = position_.title == "teacher";
+  current_.tokenizer = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : position_.folder);
+  check_tokenizer_fits(*current_.tokenizer, current_.model->config(), position_.folder.string());
+  current_.quantized.clear();
+  if (has_quantized(position_.folder)) {
+    const QuantizedModel quantized = load_quantized(position_.folder);
+    for (const auto& [name, values] : quantized.tensors) current_.quantized[name] = {quantized.plan.tensors.at(name), values};
+  }
+}
+
+void RunSession::load_teacher() {
+  if (teacher_) return;
+  teacher_ = load_model(teacher_position_.folder);
+  teacher_->to(device_);
+  const bool is_start = teacher_position_.title == "teacher";
+  teacher_tokenizer_ = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : teacher_position_.folder);
+}
+
+TokenizedData& RunSession::data_for(const std::shared_ptr<const Tokenizer>& tokenizer, const ModelConfig& config) {
+  const std::string key = str(tokenizer->fingerprint(), "/", config.max_positions);
+  auto& slot = tokenized_[key];
+  if (!slot) {
+    slot = tokenize_data(recipe_, data_, *tokenizer, config);
+    data_.truncated_train = slot->truncated_train;
+    data_.truncated_test = slot->truncated_test;
+  }
+  slot->task.tokenizer = tokenizer.get();
+  return *slot;
+}
+
+TeacherSource* RunSession::teacher_source() {
+  load_teacher();
+  if (data_.kind == TaskData::Kind::classification && !teacher_->config().is_classifier()) return nullptr;  // not yet fit for the task
+  if (!teacher_source_ || teacher_source_key_ != teacher_position_.key) {
+    if (data_.kind == TaskData::Kind::classification) {
+      const TokenizedData& tokenized = data_for(teacher_tokenizer_, teacher_->config());
+      teacher_source_ = cached_teacher(teacher_, tokenized.task.train, std::max<std::int64_t>(teacher_tokenizer_->special().pad, 0), store_.root() / "teacher-outputs");
+    } else {
+      teacher_source_ = live_teacher(teacher_);
+    }
+    teacher_source_key_ = teacher_position_.key;
+  }
+  return teacher_source_.get();
+}
+
+void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const std::string& key) {
+  const bool is_export = stage.row->name == "export";
+  std::optional<fs::path> entry = store_.find(key);
+  const bool reused = entry.has_value();
+  if (!entry) {
+    ++worked_;
+    log_info(str("\n", bold(stage.title), "  ", stage.row->summary));
+    load_current();
+    Json details = Json::object();
+    StageContext context;
+    context.title = stage.title;
+    context.work = folder_ / "work" / str(stage.title, "-", key.substr(0, 12));
+    context.resume = options_.resume;
+    if (!options_.resume) fs::remove_all(context.work);
+    make_folder(context.work);
+    context.seed = recipe_.seed * 1000003 + index;
+    context.device = device_;
+    context.details = &details;
+    context.layer_map = position_.layer_map;
+    const std::shared_ptr<const Tokenizer> tokenizer = current_.tokenizer;
+    context.data = &data_for(tokenizer, current_.model->config()).task;
+    const bool reset = reset_peak_memory();
+    const auto start = std::chrono::steady_clock::now();
+    const double cpu_start = cpu_seconds();
+    const bool uses_teacher = data_.kind == TaskData::Kind::classification ? stage.row->name != "finetune" && !is_export : stage.row->needs_teacher || stage.row->name == "quantize" || stage.row->name == "prune";
+    if (uses_teacher && recipe_.find_data("train")) context.teacher = teacher_source();
+    entry = store_.add(key, [&](const fs::path& folder) {
+      StageRun run{recipe_, current_, teacher_, context, folder};
+      stage.row->run(stage.options, run);
+      if (!is_export) {
+        save_model(*current_.model, folder);
+        current_.tokenizer->save(folder);
+        if (!current_.quantized.empty()) {
+          QuantizedModel quantized;
+          for (const auto& [name, tensor] : current_.quantized) quantized.plan.tensors[name] = tensor.spec, quantized.tensors[name] = tensor.values;
+          save_quantized(quantized, folder);
+        }
+      }
+      Json record{{"name", stage.title}, {"stage", stage.row->name}, {"key", key}, {"seconds", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()},
+                  {"cpu_seconds", cpu_seconds() - cpu_start}, {"peak_memory_bytes", peak_memory_bytes()}, {"energy_joules", nullptr}, {"energy_reason", "no energy counter was read on this machine"},
+                  {"layer_map", context.layer_map}};
+      if (!reset) record["peak_memory_note"] = "peak since the process started: this kernel does not allow a reset";
+      const StagePrediction& predicted = predictions_[stage.title];
+      record["predicted"] = Json{{"seconds", predicted.seconds}, {"peak_memory_bytes", predicted.memory_bytes}, {"bytes", predicted.bytes}};
+      record["details"] = details;
+      write_json(folder / "stage.json", record);
+    });
+    fs::remove_all(context.work);
+  } else {
+    log_info(str(stage.title, "  unchanged, taken from the store"));
+    current_ = {};
+  }
+  Json record = read_json(*entry / "stage.json");
+  record["reused"] = reused;
+  record["outputs"] = Store::outputs(*entry);
+  const fs::path target = is_export ? folder_ / "artifact" : folder_ / stage.title;
+  if (is_export) {
+    publish_artifact(*entry);
+    std::string primary;
+    for (const auto& [format, proof] : record.at("details").at("reopened").items()) {
+      primary = format;
+      break;
+    }
+    const bool several = record.at("details").at("reopened").size() > 1;
+    manifest_["artifact"] = measure_model("artifact", key + "/artifact", several ? target / primary : target, true);
+    manifest_["artifact"]["format"] = primary;
+  } else {
+    Store::link_into(*entry, target);
+    position_ = {key, *entry, stage.title, record.at("layer_map").get<std::vector<std::int64_t>>()};
+    if (stage.row->name == "finetune") {
+      teacher_position_ = position_;
+      teacher_.reset();
+      teacher_source_.reset();
+    }
+    if (manifest_["teacher"].is_null() && (stage.row->name == "finetune" || data_.kind == TaskData::Kind::text)) {
+      manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
+    }
+    record["model"] = stage.row->name == "finetune" ? manifest_["teacher"] : measure_model(stage.title, key, *entry, false);
+    record["model"]["label"] = stage.title;
+  }
+  manifest_["data"] = data_.describe();
+  manifest_["stages"].push_back(record);
+  write_manifest();
+}
+
+void RunSession::publish_artifact(const fs::path& entry) {
+  Json lineage{{"kompakt_version", kompakt_version}, {"recipe", to_json(recipe_.resolved)}, {"recipe_sha256", manifest_.at("recipe_sha256")}, {"seed", recipe_.seed}, {"teacher", manifest_.at("teacher_source")}, {"data", data_.describe()}};
+  Json stages = Json::array();
+  for (const Json& stage : manifest_.at("stages")) stages.push_back(Json{{"name", stage.at("name")}, {"key", stage.at("key")}, {"outputs", stage.at("outputs")}});
+  lineage["stages"] = std::move(stages);
+  // Where the files lie on this machine says nothing about where the model comes from.
+  lineage["recipe"]["store"] = "";
+  lineage["files"] = Store::outputs(entry);
+  lineage["files"].erase("stage.json");
+  AtomicFolder folder(folder_ / "artifact");
+  for (const auto& [name, hash] : lineage["files"].items()) link_or_copy(entry / name, folder.path() / name);
+  write_json(folder.path() / "lineage.json", lineage);
+  folder.commit();
+}
+
+Json RunSession::measure_model(const std::string& label, const std::string& key, const fs::path& folder, bool artifact) {
+  const bool is_teacher = key == teacher_position_.key;
+  Problems unused;
+  const std::string evaluation_key = sha256(str("evaluation/", stage_revision, "\n", key, "\n", data_.test.hash, data_.test_text.hash, data_.dev.hash, "\n", is_teacher ? std::string() : teacher_evaluation_key_, "\n",
+      evaluate_.measure.latency, evaluate_.measure.latency_tokens, "/", evaluate_.measure.latency_repeats, "/", evaluate_.cascade, "\n", recipe_.find_data("test") ? str(recipe_.find_data("test")->max_length, "/", recipe_.find_data("test")->tokens) : std::string()));
+  if (const auto entry = store_.find(evaluation_key)) {
+    if (is_teacher) {
+      teacher_evaluation_key_ = evaluation_key;
+      const Json saved = read_json(*entry / "scores.json");
+      teacher_scores_ = TeacherScores{};
+      teacher_scores_->test.labels = saved.at("labels").get<std::vector<std::int64_t>>();
+      teacher_scores_->test.classes = saved.at("classes").get<std::int64_t>();
+    }
+    Json out = read_json(*entry / "evaluation.json");
+    out["label"] = label;
+    return out;
+  }
+  ++worked_;
+  // The artifact is read back by the reader of its format and tokenized by its own tokenizer.
+  std::shared_ptr<Transformer> model;
+  std::shared_ptr<const Tokenizer> tokenizer;
+  if (artifact) {
+    model = open_any_model(folder);
+    tokenizer = load_tokenizer(fs::exists(folder / "model.gguf") ? folder / "model.gguf" : folder);
+  } else if (is_teacher) {
+    load_teacher();
+    model = teacher_, tokenizer = teacher_tokenizer_;
+  } else {
+    load_current();
+    model = current_.model, tokenizer = current_.tokenizer;
+  }
+  model->to(device_);
+  Json out = describe_size(*model, folder, session_embedding_bytes(*model, folder));
+  out["path"] = artifact ? "artifact" : label;
+  const bool text = data_.kind == TaskData::Kind::text;
+  const bool measurable = data_.has_test() && (text || model->config().is_classifier());
+  if (text && !is_teacher) load_teacher();
+  TeacherScores scores;
+  if (measurable) {
+    TokenizedData& tokenized = data_for(tokenizer, model->config());
+    scores = measure(*model, tokenized, data_, evaluate_.measure, is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, text && !is_teacher ? teacher_.get() : nullptr, label, out);
+    if (evaluate_.cascade && artifact && teacher_scores_ && !text) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
+  } else {
+    out["nulls"] = Json{{"accuracy", data_.has_test() ? "the model has no classifier" : "the recipe has no test data"}};
+  }
+  if (is_teacher) {
+    teacher_scores_ = scores;
+    teacher_evaluation_key_ = evaluation_key;
+  }
+  store_.add(evaluation_key, [&](const fs::path& entry) {
+    write_json(entry / "evaluation.json", out);
+    write_json(entry / "scores.json", Json{{"labels", scores.test.labels}, {"classes", scores.test.classes}});
+  });
+  out["label"] = label;
+  return out;
+}
+
+void RunSession::write_manifest() const { write_json(folder_ / "manifest.json", manifest_); }
+
+}  // namespace kompakt

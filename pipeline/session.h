@@ -1,0 +1,68 @@
+// State of one `kompakt run`: keys, the store, lazily loaded models, the manifest. Used by run.cpp alone.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pipeline/measure.h"
+#include "pipeline/plan.h"
+#include "pipeline/recipe.h"
+#include "pipeline/run.h"
+#include "pipeline/stages.h"
+#include "pipeline/store.h"
+#include "pipeline/task_data.h"
+
+namespace kompakt {
+
+class RunSession {
+ public:
+  RunSession(const Recipe& recipe, const RunOptions& options);
+  RunOutcome run();
+
+ private:
+  struct Position {  // where the chain stands
+    std::string key;
+    std::filesystem::path folder;  // model on disk; the teacher's own folder at the start
+    std::string title;
+    std::vector<std::int64_t> layer_map;
+  };
+
+  std::string stage_key(const RecipeStage& stage, std::size_t index) const;
+  void run_stage(const RecipeStage& stage, std::size_t index, const std::string& key);
+  void load_current();                      // current_ from position_.folder when it is not in memory
+  void load_teacher();                      // teacher_ from teacher_position_.folder
+  TokenizedData& data_for(const std::shared_ptr<const Tokenizer>& tokenizer, const ModelConfig& config);
+  TeacherSource* teacher_source();
+  // MODEL of the report for a model on disk; from the store when it was measured before.
+  Json measure_model(const std::string& label, const std::string& key, const std::filesystem::path& folder, bool artifact);
+  void publish_artifact(const std::filesystem::path& entry);
+  void write_manifest() const;
+  Json environment() const;
+
+  const Recipe& recipe_;
+  RunOptions options_;
+  std::filesystem::path folder_;
+  Store store_;
+  c10::Device device_;
+  LoadedData data_;
+  EvaluateOptions evaluate_;
+  Position position_, teacher_position_;
+  std::string data_hash_;
+  WorkingModel current_;
+  std::shared_ptr<Transformer> teacher_;
+  std::shared_ptr<const Tokenizer> teacher_tokenizer_;
+  std::unique_ptr<TeacherSource> teacher_source_;
+  std::string teacher_source_key_;
+  std::map<std::string, std::unique_ptr<TokenizedData>> tokenized_;  // by tokenizer fingerprint and length limit
+  std::optional<TeacherScores> teacher_scores_;
+  std::string teacher_evaluation_key_;
+  Json manifest_ = Json::object();
+  std::map<std::string, StagePrediction> predictions_;
+  int worked_ = 0;  // stages and measurements that were really done
+};
+
+}  // namespace kompakt

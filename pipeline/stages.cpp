@@ -1,0 +1,200 @@
+#include "pipeline/stages.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+#include <functional>
+
+#include "core/error.h"
+#include "core/text.h"
+#include "distill/stage.h"
+#include "export/exporters.h"
+#include "pipeline/recipe.h"
+#include "pipeline/stage_options.h"
+#include "prune/stage.h"
+#include "quantize/stage.h"
+
+namespace kompakt {
+namespace {
+
+// The four adapters below are the same for every stage; what differs is the option struct and the function that runs it.
+template <class Options>
+void describe_stage(FieldVisitor& visitor) {
+  Options options;
+  fields(visitor, options);
+}
+
+template <class Options>
+Options read_stage(const Node& node) {
+  Options options;
+  Problems problems;
+  read_fields(node, "the stage", problems, [&](FieldVisitor& v) { fields(v, options); });
+  problems.throw_if_any("the stage's options are not valid");
+  return options;
+}
+
+template <class Options>
+Node check_stage(const Node& node, const std::string& context, Problems& problems) {
+  Options options;
+  read_fields(node, context, problems, [&](FieldVisitor& v) { fields(v, options); });
+  if constexpr (requires { options.objective; }) {
+    if (!options.objective.is_null()) build_objectives(options.objective, {}, problems);
+  }
+  if constexpr (std::is_same_v<Options, ExportOptions>) {
+    for (const std::string& format : options.formats)
+      if (!find_exporter(format)) problems.add(Error(str("unknown format \"", format, "\" in ", context, did_you_mean(format, exporter_names()))).at(node.place.text()).allowed(join(exporter_names(), ", ")));
+    if (options.formats.empty()) problems.add(Error(str(context, " names no format")).at(node.place.text()).allowed(join(exporter_names(), ", ")));
+  }
+  return write_fields([&](FieldVisitor& v) { fields(v, options); });
+}
+
+std::int64_t float_bytes(const ModelConfig& config) { return count_parameters(config).total * 4; }
+
+void add_training(const PlanInput& input, const TrainOptions& train, bool teacher, PlannedModel& model) {
+  const TrainCost cost = predict_cost(model.config, train, input.train_examples, input.tokens_per_example, input.touched_vocabulary, teacher);
+  model.seconds += input.gigaflops > 0 ? cost.flops / (input.gigaflops * 1e9) : 0;
+  model.memory_bytes = std::max(model.memory_bytes, cost.memory_bytes);
+}
+
+// Objectives of a stage; the teacher layer that each student layer follows comes from the distillation before.
+std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, const StageRun& run) {
+  if (list.is_null()) return {};
+  Problems problems;
+  std::vector<std::int64_t> map = run.context.layer_map;
+  auto objectives = build_objectives(list, map, problems);
+  problems.throw_if_any("the objective is not valid");
+  return objectives;
+}
+
+void plan_finetune(const Node& node, const PlanInput& input, PlannedModel& model) {
+  const auto options = read_stage<FinetuneOptions>(node);
+  if (!model.config.is_classifier() && input.recipe.is_classification()) model.config.labels.assign(1, "label");
+  add_training(input, options.train, false, model);
+  model.bytes = float_bytes(model.config);
+}
+
+void run_finetune(const Node& node, StageRun& run) {
+  finetune(*run.current.model, read_stage<FinetuneOptions>(node), run.context);
+  run.current.quantized.clear();
+}
+
+void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model) {
+  const auto options = read_stage<DistillOptions>(node);
+  if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
+  add_training(input, options.train, true, model);
+  model.bytes = float_bytes(model.config);
+}
+
+void run_distill(const Node& node, StageRun& run) {
+  const auto options = read_stage<DistillOptions>(node);
+  const std::int64_t before = run.current.model->config().layers;
+  if (!options.student.keep_layers.empty()) {
+    // Layers are counted in the teacher; the teacher's weights are where the student starts.
+    run.current.model = make_student(*run.current.model, options.student);
+    run.context.layer_map = default_layer_map(options.student.keep_layers, before);
+  }
+  distill(*run.current.model, options, run.context);
+  run.current.quantized.clear();
+}
+
+void plan_prune(const Node& node, const PlanInput& input, PlannedModel& model) {
+  const auto options = read_stage<PruneOptions>(node);
+  model.config = pruned_config(model.config, options);
+  if (options.has_vocabulary && input.vocabulary_kept > 0) model.config.vocab = input.vocabulary_kept;
+  if (options.has_recover) add_training(input, options.recover, true, model);
+  model.bytes = float_bytes(model.config);
+}
+
+void run_prune(const Node& node, StageRun& run) {
+  const auto options = read_stage<PruneOptions>(node);
+  if (options.has_structured || options.has_recover) prune(*run.current.model, options, stage_objectives(options.objective, run), run.context);
+  if (options.has_vocabulary) {
+    const TaskData& data = *run.context.data;
+    std::vector<std::vector<std::int64_t>> texts = data.train.ids;
+    texts.insert(texts.end(), data.train_documents.begin(), data.train_documents.end());
+    texts.insert(texts.end(), data.calibration.begin(), data.calibration.end());
+    const std::int64_t before = run.current.model->config().vocab;
+    const std::vector<std::int64_t> kept = kept_vocabulary(*run.current.tokenizer, texts, options.vocabulary);
+    restrict_vocabulary(*run.current.model, kept);
+    run.current.tokenizer = run.current.tokenizer->restrict_to(kept);
+    (*run.context.details)["removed"]["vocabulary"] = Json::array({before, run.current.model->config().vocab});
+  }
+  run.current.quantized.clear();
+}
+
+void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model) {
+  const auto options = read_stage<QuantizeOptions>(node);
+  const QuantizationPlan plan = plan_quantization(model.config, options);
+  model.quantized = plan.tensors;
+  model.notes.insert(model.notes.end(), plan.fallbacks.begin(), plan.fallbacks.end());
+  if (options.has_train) add_training(input, options.train, true, model);
+  model.bytes = float_bytes(model.config);
+}
+
+void run_quantize(const Node& node, StageRun& run) {
+  const auto options = read_stage<QuantizeOptions>(node);
+  const QuantizedModel result = quantize(*run.current.model, options, stage_objectives(options.objective, run), run.context);
+  run.current.quantized.clear();
+  for (const auto& [name, values] : result.tensors) run.current.quantized[name] = {result.plan.tensors.at(name), values};
+}
+
+void plan_export(const Node& node, const PlanInput&, PlannedModel& model) {
+  const auto options = read_stage<ExportOptions>(node);
+  std::vector<std::string> all;
+  for (const std::string& format : options.formats)
+    for (const std::string& obstacle : find_exporter(format)->obstacles(model.config, model.quantized)) all.push_back(str("format ", format, ": ", obstacle));
+  if (!all.empty()) throw Error(join(all, "; ")).at("stage \"export\"").hint("choose another format, or a grid that this format can hold");
+}
+
+void plan_evaluate(const Node&, const PlanInput&, PlannedModel&) {}
+void run_evaluate(const Node&, StageRun&) {}  // measuring happens after every stage; this one carries its options
+
+}  // namespace
+
+void fields(FieldVisitor& v, ExportOptions& o) {
+  v.texts("formats", o.formats, "rows of the table of exporters; the first is what the report calls the artifact");
+  v.number("tolerance", o.tolerance, "largest logit difference between the trained model and the reopened artifact", {.min = 0});
+  v.integer("check_examples", o.check_examples, "texts (or windows) that the reopened artifact is compared on", {.min = 1});
+}
+
+void fields(FieldVisitor& v, EvaluateOptions& o) {
+  v.choice("against", o.against, "whom every model is compared with", {"teacher"});
+  v.flag("latency", o.measure.latency, "measure the time of one request");
+  v.integer("latency_tokens", o.measure.latency_tokens, "tokens of that request", {.min = 1});
+  v.integer("latency_repeats", o.measure.latency_repeats, "timed requests", {.min = 1});
+  v.integer("batch_size", o.measure.batch_size, "texts per forward pass", {.min = 1});
+  v.flag("cascade", o.cascade, "curve of the share kept by the small model against the accuracy of small model and teacher together");
+}
+
+EvaluateOptions evaluate_options(const Recipe& recipe) {
+  for (const RecipeStage& stage : recipe.stages)
+    if (stage.row->name == "evaluate") return read_stage<EvaluateOptions>(stage.options);
+  return {};
+}
+
+std::span<const StageRow> stage_rows() {
+  static constexpr std::array<StageRow, 6> rows = {{
+      {"finetune", "trains the model on the labels; the result is the teacher of the stages after it", true, false, true, describe_stage<FinetuneOptions>, check_stage<FinetuneOptions>, plan_finetune, run_finetune},
+      {"distill", "trains a smaller student under the teacher", true, true, true, describe_stage<DistillOptions>, check_stage<DistillOptions>, plan_distill, run_distill},
+      {"prune", "removes neurons, heads, layers and vocabulary for real", false, false, true, describe_stage<PruneOptions>, check_stage<PruneOptions>, plan_prune, run_prune},
+      {"quantize", "puts the weights on a grid of few values, after training or while training", false, false, true, describe_stage<QuantizeOptions>, check_stage<QuantizeOptions>, plan_quantize, run_quantize},
+      {"export", "writes the artifact, reopens it and proves that it computes the same", false, false, false, describe_stage<ExportOptions>, check_stage<ExportOptions>, plan_export, run_export},
+      {"evaluate", "how every model on the way is measured", false, false, false, describe_stage<EvaluateOptions>, check_stage<EvaluateOptions>, plan_evaluate, run_evaluate},
+  }};
+  return rows;
+}
+
+const StageRow* find_stage(std::string_view name) {
+  for (const StageRow& row : stage_rows())
+    if (row.name == name) return &row;
+  return nullptr;
+}
+
+std::vector<std::string> stage_names() {
+  std::vector<std::string> names;
+  for (const StageRow& row : stage_rows()) names.emplace_back(row.name);
+  return names;
+}
+
+}  // namespace kompakt

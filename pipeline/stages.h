@@ -1,0 +1,76 @@
+// Table of stages: what each needs, its options, what it does to the shape of the model, and how it runs.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/fields.h"
+#include "data/tokenizer.h"
+#include "model/transformer.h"
+#include "quantize/grids.h"
+#include "train/context.h"
+#include "train/loop.h"
+
+namespace kompakt {
+
+struct Recipe;
+
+// The model on its way through the stages.
+struct WorkingModel {
+  std::shared_ptr<Transformer> model;
+  std::shared_ptr<const Tokenizer> tokenizer;
+  QuantizedTensors quantized;  // filled by the stage quantize; empty again when the weights change afterwards
+};
+
+// What a stage's run function may use beside its options.
+struct StageRun {
+  const Recipe& recipe;
+  WorkingModel& current;                     // in and out
+  std::shared_ptr<const Transformer> teacher;  // null before there is one
+  StageContext& context;
+  std::filesystem::path output;              // folder for files of its own (export); the pipeline saves the model
+};
+
+// What `plan` knows after a stage without running it.
+struct PlannedModel {
+  ModelConfig config;
+  std::map<std::string, GridSpec> quantized;
+  std::int64_t bytes = 0;        // of the files that the stage writes
+  std::int64_t memory_bytes = 0; // predicted peak
+  double seconds = 0;            // predicted
+  std::vector<std::string> notes;
+};
+struct PlanInput {
+  const Recipe& recipe;
+  std::int64_t train_examples = 0;      // or windows
+  double tokens_per_example = 0;
+  std::int64_t touched_vocabulary = 0;  // pieces that the training texts use
+  std::int64_t vocabulary_kept = 0;     // after vocabulary pruning
+  std::int64_t evaluation_examples = 0;
+  double gigaflops = 0;                 // measured in a moment's matrix product
+  ModelConfig teacher;
+};
+
+struct StageRow {
+  std::string_view name;
+  std::string_view summary;
+  bool needs_train;         // labelled or text training data
+  bool needs_teacher;       // a teacher that is fit for the task
+  bool changes_weights;
+  // Visits the options with defaults, for `explain`.
+  void (*describe)(FieldVisitor& visitor);
+  // Reads and checks; returns the resolved options.
+  Node (*check)(const Node& options, const std::string& context, Problems& problems);
+  void (*plan)(const Node& options, const PlanInput& input, PlannedModel& model);
+  void (*run)(const Node& options, StageRun& run);
+};
+
+std::span<const StageRow> stage_rows();
+const StageRow* find_stage(std::string_view name);
+std::vector<std::string> stage_names();
+
+}  // namespace kompakt
