@@ -38,8 +38,11 @@ struct GgufTensor {
   std::vector<std::int64_t> shape;  // row-major order as everywhere in kompakt (the file's dims reversed): [rows, row]
   std::span<const std::byte> bytes;
   std::shared_ptr<const void> owner;
-  std::int64_t elements() const;
+  std::int64_t elements() const;  // product of shape; 1 for a scalar
 };
+
+// "u32", "string", "array of f32": for messages and listings.
+std::string gguf_type_name(const GgufValue& value);
 
 // Dequantized to float32. `shape` product elements.
 std::vector<float> to_float32(const GgufTensor& tensor);
@@ -68,7 +71,8 @@ class GgufFile {
   std::vector<GgufTensor> tensors_;
 };
 
-// Writes tensors in the given order, data aligned to 32. `bytes` of each tensor must match type and shape.
+// Writes tensors in the given order, data aligned to 32 or to the metadata's general.alignment. `bytes` of each tensor must
+// match type and shape. Equal input, equal bytes; a file of version 3 in tensor order is reproduced byte for byte.
 void write_gguf(const std::filesystem::path& path, const std::vector<std::pair<std::string, GgufValue>>& metadata, const std::vector<GgufTensor>& tensors);
 
 }  // namespace kompakt

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -11,6 +12,10 @@
 #include "formats/dtype.h"
 
 namespace kompakt {
+
+// Product of a shape; nothing for a negative dimension or when it does not fit. 1 for an empty list (a scalar).
+std::optional<std::int64_t> checked_product(std::span<const std::int64_t> factors);
+std::string shape_text(std::span<const std::int64_t> shape);  // "[2, 3]"
 
 // Borrowed bytes, row-major, last dimension contiguous. `owner` keeps the bytes alive (a memory map or a buffer).
 struct TensorData {

@@ -1,0 +1,122 @@
+// Reference encoders of the legacy and ternary blocks: the bytes of ggml's quantize_row_*_ref, and of its importance-weighted
+// variants. The latter take the block's own mean square where ggml takes the row's: a block is all that is seen here.
+#include <algorithm>
+#include <cmath>
+
+#include "formats/ggml_pack.h"
+#include "formats/ggml_rows.h"
+#include "formats/ggml_search.h"
+#include "formats/tensor_data.h"
+
+namespace kompakt::ggml_rows {
+namespace {
+
+using namespace ggml_search;
+
+constexpr AffineGrid weighted_grid = {-0.9f, 0.05f, 36, false};
+
+float largest_magnitude(const float* in, int count) {
+  float largest = 0;
+  for (int i = 0; i < count; ++i) largest = std::max(largest, std::fabs(in[i]));
+  return largest;
+}
+
+float inverse_or_zero(float d) { return d != 0 ? 1.0f / d : 0.0f; }
+
+// The value of largest magnitude becomes the code -half; the others are rounded by adding half a step and cutting.
+template <int Half, auto Pack>
+void encode_signed(const float* in, std::byte* out) {
+  float magnitude = 0, maximum = 0;
+  for (int i = 0; i < 32; ++i)
+    if (magnitude < std::fabs(in[i])) {
+      magnitude = std::fabs(in[i]);
+      maximum = in[i];
+    }
+  const float d = maximum / -Half, inverse = inverse_or_zero(d);
+  std::int8_t codes[32];
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(clamped_int(in[i] * inverse + (Half + 0.5f), 0, 2 * Half - 1) - Half);
+  Pack(codes, float_to_half(d), out);
+}
+
+template <int Largest, auto Pack>
+void encode_affine(const float* in, std::byte* out) {
+  const auto [low, high] = std::minmax_element(in, in + 32);
+  const float minimum = *low, d = (*high - minimum) / Largest, inverse = inverse_or_zero(d);
+  std::int8_t codes[32];
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(clamped_int((in[i] - minimum) * inverse + 0.5f, 0, Largest));
+  Pack(codes, float_to_half(d), float_to_half(minimum), out);
+}
+
+// Codes round(w / largest magnitude), half away from zero.
+template <int Count, auto Pack>
+void encode_by_magnitude(const float* in, std::byte* out) {
+  const float d = largest_magnitude(in, Count), inverse = inverse_or_zero(d);
+  std::int8_t codes[Count];
+  for (int i = 0; i < Count; ++i) codes[i] = static_cast<std::int8_t>(clamped_int(std::round(in[i] * inverse), -1, 1));
+  Pack(codes, float_to_half(d), out);
+}
+
+// importance * sqrt(mean square + w^2): a weight near zero still counts a little.
+void block_weights(const float* in, const float* importance, float* weights) {
+  float sum = 0;
+  for (int i = 0; i < 32; ++i) sum += in[i] * in[i];
+  const float mean = sum / 32;
+  for (int i = 0; i < 32; ++i) weights[i] = importance[i] * std::sqrt(mean + in[i] * in[i]);
+}
+
+template <int Half, auto Pack>
+void weigh_signed(const float* in, const float* importance, std::byte* out) {
+  float weights[32];
+  std::int8_t codes[32];
+  block_weights(in, importance, weights);
+  const float d = symmetric_search(32, Half, in, weights, codes);
+  Pack(codes, float_to_half(d), out);
+}
+
+template <int Largest, auto Pack>
+void weigh_affine(const float* in, const float* importance, std::byte* out) {
+  float weights[32], minimum;
+  std::int8_t codes[32];
+  block_weights(in, importance, weights);
+  const float d = affine_search(32, Largest, in, weights, weighted_grid, codes, &minimum);
+  Pack(codes, float_to_half(d), float_to_half(-minimum), out);
+}
+
+}  // namespace
+
+void encode_q8_0(const float* in, std::byte* out) {
+  const float d = largest_magnitude(in, 32) / 127, inverse = inverse_or_zero(d);
+  std::int8_t codes[32];
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(clamped_int(std::round(in[i] * inverse), -127, 127));
+  pack_q8_0(codes, float_to_half(d), out);
+}
+
+void encode_q4_0(const float* in, std::byte* out) { encode_signed<8, pack_q4_0>(in, out); }
+void encode_q5_0(const float* in, std::byte* out) { encode_signed<16, pack_q5_0>(in, out); }
+void encode_q4_1(const float* in, std::byte* out) { encode_affine<15, pack_q4_1>(in, out); }
+void encode_q5_1(const float* in, std::byte* out) { encode_affine<31, pack_q5_1>(in, out); }
+void encode_tq1_0(const float* in, std::byte* out) { encode_by_magnitude<256, pack_tq1_0>(in, out); }
+void encode_tq2_0(const float* in, std::byte* out) { encode_by_magnitude<256, pack_tq2_0>(in, out); }
+void encode_q2_0(const float* in, std::byte* out) { encode_by_magnitude<64, pack_q2_0>(in, out); }
+
+void weigh_q4_0(const float* in, const float* weight, std::byte* out) { weigh_signed<8, pack_q4_0>(in, weight, out); }
+void weigh_q5_0(const float* in, const float* weight, std::byte* out) { weigh_signed<16, pack_q5_0>(in, weight, out); }
+void weigh_q4_1(const float* in, const float* weight, std::byte* out) { weigh_affine<15, pack_q4_1>(in, weight, out); }
+void weigh_q5_1(const float* in, const float* weight, std::byte* out) { weigh_affine<31, pack_q5_1>(in, weight, out); }
+
+void encode_mxfp4(const float* in, std::byte* out) {
+  const float largest = largest_magnitude(in, 32);
+  // The largest value gets the exponent of 4 or 6, the two top values of E2M1.
+  const int e = largest > 0 ? clamped_int(std::floor(std::log2(largest)) - 2 + 127, 0, 254) : 0;
+  const float scale = mxfp4_scale(static_cast<std::uint8_t>(e));
+  std::int8_t codes[32];
+  for (int i = 0; i < 32; ++i) {
+    int best = 0;
+    for (int k = 1; k < 16; ++k)
+      if (std::fabs(static_cast<float>(mxfp4_values[k]) * scale - in[i]) < std::fabs(static_cast<float>(mxfp4_values[best]) * scale - in[i])) best = k;
+    codes[i] = static_cast<std::int8_t>(best);
+  }
+  pack_mxfp4(codes, static_cast<std::uint8_t>(e), out);
+}
+
+}  // namespace kompakt::ggml_rows
