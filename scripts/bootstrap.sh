@@ -75,15 +75,6 @@ install_packages() {
       "a disk without space or another apt that runs now are the other usual reasons"
 }
 
-# quietly COMMAND...: its output appears only when it fails.
-quietly() {
-  local output
-  if ! output="$("$@" 2>&1)"; then
-    printf '%s\n' "$output" >&2
-    return 1
-  fi
-}
-
 check_tools() {
   local version
   have cmake || die "cmake is not on the PATH" "install CMake 3.25 or newer"

@@ -29,6 +29,15 @@ die() {
 
 have() { command -v "$1" > /dev/null 2>&1; }
 
+# quietly COMMAND...: its output appears only when it fails.
+quietly() {
+  local output
+  if ! output="$("$@" 2>&1)"; then
+    printf '%s\n' "$output" >&2
+    return 1
+  fi
+}
+
 # use_writable_cache: accounts without a home folder (services, containers) keep caches of pip and ccache inside the project.
 use_writable_cache() {
   local cache="${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}"
@@ -128,8 +137,14 @@ configure() {
     rm -f -- "$folder/CMakeCache.txt" # an earlier attempt failed: do not keep its findings
   fi
   say "configure build/$preset"
-  (cd -- "$KOMPAKT_ROOT" && cmake --preset "$preset" "$@" >&2) || die "CMake could not configure build/$preset (its message stands above)" \
-    "after a change of compiler or LibTorch, remove the folder and try again: rm -r $folder"
+  local output
+  if ! output="$(cd -- "$KOMPAKT_ROOT" && cmake --preset "$preset" "$@" 2>&1)"; then
+    printf '%s\n' "$output" >&2
+    die "CMake could not configure build/$preset (its message stands above)" \
+      "after a change of compiler or LibTorch, remove the folder and try again: rm -r $folder"
+  fi
+  # Of the many lines, those that say which torch and CUDA are used, and warnings.
+  printf '%s\n' "$output" | sed -n -e 's/^-- \(.*\(LibTorch\|CUDA\|nvcc\).*\)/    \1/p' -e '/^CMake.*Warning/,/^$/p' | grep -v 'ABI info\|compile features\|Check for working' >&2 || true
 }
 
 # build PRESET [CMAKE_BUILD_ARGUMENT...]
