@@ -1,0 +1,89 @@
+// Losses between a student's and a teacher's outputs: logits, hidden states, relations. Pure functions of tensors.
+//
+// Logit losses work in float32 (float64 stays float64) from one log_softmax per side and give value and gradient in closed
+// form, so that the plain and the fused (chunked) path share the mathematics. They do not know of models, taps or recipes.
+// All values are nats; all losses are zero with zero gradient where student equals teacher.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace kompakt {
+
+struct LogitLossOptions {
+  double temperature = 1;       // T > 0: both distributions are softmax(logits / T)
+  bool scale_gradient = true;   // times T^2, so that the gradient does not shrink when mixed with hard labels
+  double beta = 0.5;            // generalized JSD: 0 = forward KL, 1 = reverse KL (the convention of GKD, not a limit of the formula)
+  double lambda = 0.1;          // skewed losses: share of the other distribution in the mixture, [0, 1)
+  std::int64_t vocabulary = 0;  // only the first so many columns are real (padded vocabularies); 0 = all columns
+  double count = 0;             // divisor of the sum over positions; 0 = number of valid positions
+  at::Tensor mask;              // bool, shape of the logits without the last dimension: valid positions; undefined = all
+};
+
+// What a divergence gives for n positions: u = logits / T.
+struct Divergence {
+  at::Tensor value;     // [n]
+  at::Tensor gradient;  // [n, V] dL/du of the student; undefined unless asked for
+};
+
+// Rows of the table of logit losses.
+struct LogitLoss {
+  std::string_view name;
+  std::string_view summary;
+  bool uses_beta, uses_lambda;  // which options it reads
+  bool shift_invariant;         // adding a constant to all logits of a position changes nothing
+  // u_student, u_teacher [n, V] float32 or float64, no autograd. Masked columns hold a large negative finite number in both.
+  Divergence (*evaluate)(const at::Tensor& u_student, const at::Tensor& u_teacher, const LogitLossOptions& options, bool gradient);
+};
+std::span<const LogitLoss> logit_losses();
+const LogitLoss* find_logit_loss(std::string_view name);
+std::vector<std::string> logit_loss_names();
+
+// Mean over valid positions; differentiable in `student` (first order). student, teacher [.., V].
+// A column that is -inf in one of the two is removed from both distributions of that position.
+// No valid position: 0 with zero gradient.
+at::Tensor logit_loss(const LogitLoss& loss, const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+
+at::Tensor forward_kl(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+at::Tensor reverse_kl(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+at::Tensor generalized_jsd(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+at::Tensor skew_forward_kl(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+at::Tensor skew_reverse_kl(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+at::Tensor adaptive_kl(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+at::Tensor total_variation(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+at::Tensor logits_mse(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+
+// Used by the plain and the fused path: value and gradient of scaled logits with masked columns made harmless.
+// student, teacher [n, V] of any float type -> per-position values (T^2 included) and dL/dlogits (T included).
+Divergence evaluate_logits(const LogitLoss& loss, const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options, bool gradient);
+
+// Hidden states [.., d] over the positions where `mask` (shape without d; undefined = all) is true; a projection [d_s, d_t]
+// maps the student's width to the teacher's (undefined: equal widths).
+// MSE: mean over valid positions and channels. `normalize`: divided by the variance of the teacher's states of this batch, so
+// that layers with large channels do not drown the others.
+at::Tensor hidden_mse(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& mask = {}, const at::Tensor& projection = {}, bool normalize = false);
+// 1 - mean cosine; positions where one of the two is the zero vector count as cosine 0, where both are as 1.
+at::Tensor hidden_cosine(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& mask = {}, const at::Tensor& projection = {});
+
+// argmin_P |H_s P - H_t|^2 + ridge * mean diag(H_s'H_s) |P|^2, solved in float64. student [n, d_s], teacher [n, d_t] -> [d_s, d_t] float32.
+at::Tensor least_squares_projection(const at::Tensor& student, const at::Tensor& teacher, double ridge = 1e-4);
+// Semi-orthogonal [rows, columns] from CounterRandom(seed, stream): deterministic start of a learned projection.
+at::Tensor orthogonal_projection(std::int64_t rows, std::int64_t columns, std::uint64_t seed, std::string_view stream);
+
+struct RelationOptions {
+  std::int64_t relation_heads = 0;  // the concatenated heads are split again into so many; 0 = greatest common divisor of both head counts
+  bool normalize = false;           // rows of unit length, no 1/sqrt(d) (BitDistill); false: scaled dot products (MiniLMv2)
+  double temperature = 1;           // of the softmax over keys
+};
+// MiniLMv2: KL between softmax(X X' / sqrt(d_r)) of teacher and student, averaged over relation heads and valid rows.
+// student [B,H_s,T,hd_s], teacher [B,H_t,T,hd_t]; lengths [B] (undefined = no padding), documents [B,T] (undefined = one a row).
+// Padding takes no part, as row or as column; packed documents see only themselves. Error when heads do not divide.
+at::Tensor relation_loss(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& lengths, const at::Tensor& documents, const RelationOptions& options = {});
+
+}  // namespace kompakt
