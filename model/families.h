@@ -1,6 +1,7 @@
 // Table of model families: everything that is particular to one is a field of its row.
 #pragma once
 
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -35,5 +36,9 @@ struct Family {
 std::span<const Family> families();
 const Family* find_family(std::string_view name);  // by name or model_type
 std::vector<std::string> family_names();
+// Row of a role ("block.query"), or null when the family has none.
+const NameMap* find_role(const Family& family, std::string_view role);
+// "{i}" of a pattern replaced by the layer number.
+std::string tensor_name(std::string_view pattern, std::int64_t layer);
 
 }  // namespace kompakt

@@ -40,11 +40,12 @@ struct Embedding {
   // Exact as long as untouched rows get no gradient and no weight decay.
   void compact(const at::Tensor& ids);
   void expand();
+  at::Tensor full_weight() const;  // [vocab, d]: `weight`, or a new table with the compacted rows put back
   bool compacted() const { return row_map.defined(); }
 
  private:
-  at::Tensor full_;  // the whole table while compacted
-  at::Tensor kept_;
+  at::Tensor full_;  // [vocab, d], the whole table while compacted
+  at::Tensor kept_;  // [kept] int64, the ids whose rows are in weight
 };
 
 }  // namespace kompakt

@@ -106,8 +106,12 @@ class Transformer {
   double dropout = 0;         // on the pooled vector, training only (torch's generator, seeded per step by the loop)
 
  private:
+  struct Context;  // what all blocks of one forward pass share: masks and rotary tables
+  Context make_context(const ModelInput& input, const at::Tensor& x, std::int64_t past) const;
+  at::Tensor run_block(std::int64_t layer, const at::Tensor& x, const Context& context, TapSink* taps, KvCache* cache) const;
+  at::Tensor attend(std::int64_t layer, const at::Tensor& x, const Context& context, TapSink* taps, KvCache* cache) const;
+
   ModelConfig config_;
-  at::Tensor rope_cos_, rope_sin_, rope_cos_local_, rope_sin_local_;
 };
 
 }  // namespace kompakt

@@ -1,0 +1,28 @@
+// What a checkpoint file offers to the strict builder. Inner header of model/: callers use checkpoint.h.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "model/transformer.h"
+
+namespace kompakt {
+
+struct CheckpointSource {
+  std::string place;
+  // Hugging Face tensor name (without optional prefixes) -> reads the tensor, in the file's type.
+  std::map<std::string, std::function<at::Tensor()>> tensors;
+};
+
+// Throws one Error that lists missing and unexpected names and wrong shapes; another that names weights with NaN or infinity.
+std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device);
+bool checkpoint_ignored(const Family& family, const std::string& name);
+ModelConfig load_config_gguf(const std::filesystem::path& path);
+std::unique_ptr<Transformer> load_model_gguf(const std::filesystem::path& path, c10::Device device);
+
+}  // namespace kompakt

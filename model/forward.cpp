@@ -1,0 +1,254 @@
+// The forward pass. One code path for encoders and decoders; what differs comes from the Family row and the config.
+// Masks and rotary tables are made once a pass (Context) and not at all where nothing is masked.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <cmath>
+#include <stdexcept>
+
+#include "core/text.h"
+#include "model/families.h"
+#include "model/rope.h"
+#include "model/transformer.h"
+
+namespace kompakt {
+
+struct Transformer::Context {
+  // Additive masks [1 or B,1,1 or T,S], undefined where nothing is masked or where `causal` alone says it.
+  at::Tensor mask, mask_local;
+  bool causal = false, causal_local = false;
+  std::int64_t window = 0;  // of mask_local
+  RopeTables rope, rope_local;
+};
+
+namespace {
+
+// Finite, so that a row without any allowed key gives a mean of values instead of NaN.
+constexpr double kForwardMasked = -1e30;
+
+at::Tensor forward_additive_mask(const at::Tensor& allowed, const at::Tensor& like) {
+  return at::zeros(allowed.sizes(), like.options()).masked_fill_(allowed.logical_not(), kForwardMasked);
+}
+
+void forward_offer(TapSink* taps, std::int64_t layer, const char* what, const at::Tensor& value) {
+  if (!taps) return;
+  const std::string name = str("layer.", layer, ".", what);
+  if (taps->wants(name)) taps->put(name, value);
+}
+
+void forward_offer(TapSink* taps, const char* name, const at::Tensor& value) {
+  if (taps && taps->wants(name)) taps->put(name, value);
+}
+
+at::Tensor forward_activate(std::string_view name, const at::Tensor& x) {
+  if (name == "silu") return at::silu(x);
+  if (name == "gelu") return at::gelu(x);
+  if (name == "gelu_tanh") return at::gelu(x, "tanh");
+  throw std::logic_error("unknown activation " + std::string(name));
+}
+
+// softmax(q k^T scale + mask) v; q [B,H,T,hd], k and v [B,H,S,hd].
+at::Tensor forward_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, bool causal, double scale) {
+  return at::scaled_dot_product_attention(q, k, v, mask.defined() ? std::optional<at::Tensor>(mask) : std::nullopt, 0.0, causal, scale);
+}
+
+// Grouped queries: every key/value head serves heads/kv_heads query heads. [B,Hkv,S,hd] -> [B,H,S,hd].
+at::Tensor forward_repeat_heads(const at::Tensor& x, std::int64_t times) {
+  if (times == 1) return x;
+  return x.unsqueeze(2).expand({x.size(0), x.size(1), times, x.size(2), x.size(3)}).reshape({x.size(0), x.size(1) * times, x.size(2), x.size(3)});
+}
+
+}  // namespace
+
+at::Tensor Norm::forward(const at::Tensor& x) const {
+  const at::IntArrayRef shape = weight.sizes();
+  if (!rms) return at::layer_norm(x, shape, weight, bias, eps);
+  const auto type = x.scalar_type();
+  const bool low = type == at::kHalf || type == at::kBFloat16;
+  const at::Tensor wide = low ? x.to(at::kFloat) : x;
+  const at::Tensor y = at::rms_norm(wide, shape, plus_one ? weight + 1 : weight, eps);
+  return low ? y.to(type) : y;
+}
+
+at::Tensor Transformer::embed(const ModelInput& input, TapSink* taps) const {
+  const Family& family = *config_.family;
+  at::Tensor x = tokens.forward(input.ids);
+  if (config_.embedding_scale != 1) x = x * config_.embedding_scale;
+  if (positions.defined()) {
+    const std::int64_t length = input.ids.size(1);
+    if (!input.positions.defined()) TORCH_CHECK(length <= positions.size(0), "a text of ", length, " tokens exceeds the ", positions.size(0), " positions of the model");
+    x = x + (input.positions.defined() ? at::embedding(positions, input.positions) : positions.narrow(0, 0, length));
+  }
+  if (token_types.defined()) x = x + token_types.select(0, 0);
+  if (family.post_norm) x = embedding_norm.forward(x);
+  forward_offer(taps, "embedding", x);
+  return x;
+}
+
+Transformer::Context Transformer::make_context(const ModelInput& input, const at::Tensor& x, std::int64_t past) const {
+  const Family& family = *config_.family;
+  Context context;
+  const std::int64_t length = x.size(1), keys = past + length;
+  const auto index = at::TensorOptions().dtype(at::kLong).device(x.device());
+  for (std::int64_t window : config_.sliding_window) {
+    if (window > 0) context.window = window;
+  }
+  if (!family.learned_positions) {
+    const at::Tensor at_positions = input.positions.defined() ? input.positions : at::arange(past, keys, index);
+    context.rope = rope_tables(config_.rope, config_.head_dim, at_positions, x);
+    if (config_.rope.local_theta > 0) context.rope_local = rope_tables(config_.rope, config_.head_dim, at_positions, x, true);
+  }
+  if (input.documents.defined() && past > 0) throw std::logic_error("packed documents and a key/value cache do not go together");
+
+  at::Tensor allowed;  // [B or 1,1,T or 1,S]
+  if (input.documents.defined()) allowed = input.documents.unsqueeze(2).eq(input.documents.unsqueeze(1)).unsqueeze(1);
+  if (family.encoder) {
+    // A decoder needs no padding mask: padding stands behind the tokens, where causal attention never looks.
+    if (input.lengths.defined()) {
+      const bool padded = input.lengths.device().is_meta() || input.lengths.min().item<std::int64_t>() < length;
+      if (padded) {
+        const at::Tensor real = at::arange(length, index).unsqueeze(0).lt(input.lengths.to(x.device()).unsqueeze(1)).unsqueeze(1).unsqueeze(1);
+        allowed = allowed.defined() ? allowed.logical_and(real) : real;
+      }
+    }
+    if (allowed.defined()) context.mask = forward_additive_mask(allowed, x);
+    return context;
+  }
+
+  const at::Tensor distance = length > 1 || (context.window > 0 && keys > context.window)
+                                  ? at::arange(past, keys, index).unsqueeze(1) - at::arange(keys, index).unsqueeze(0)
+                                  : at::Tensor();  // [T,S]
+  const at::Tensor backward_only = distance.defined() ? distance.ge(0) : at::Tensor();
+  if (allowed.defined()) {
+    if (distance.defined()) allowed = allowed.logical_and(backward_only);
+    context.mask = forward_additive_mask(allowed, x);
+  } else if (length > 1 && past > 0) {
+    context.mask = forward_additive_mask(backward_only, x);
+  } else {
+    context.causal = length > 1;
+  }
+  context.mask_local = context.mask;
+  context.causal_local = context.causal;
+  if (context.window > 0 && keys > context.window) {
+    const at::Tensor near = backward_only.logical_and(distance.lt(context.window));
+    context.mask_local = forward_additive_mask(allowed.defined() ? allowed.logical_and(near) : near, x);
+    context.causal_local = false;
+  }
+  return context;
+}
+
+at::Tensor Transformer::attend(std::int64_t layer, const at::Tensor& x, const Context& context, TapSink* taps, KvCache* cache) const {
+  const auto i = static_cast<std::size_t>(layer);
+  const Attention& a = blocks[i].attention;
+  const std::int64_t batch = x.size(0), length = x.size(1);
+  at::Tensor q = a.query.forward(x, taps).view({batch, length, a.heads, a.head_dim}).transpose(1, 2);
+  at::Tensor k = a.key.forward(x, taps).view({batch, length, a.kv_heads, a.head_dim}).transpose(1, 2);
+  at::Tensor v = a.value.forward(x, taps).view({batch, length, a.kv_heads, a.head_dim}).transpose(1, 2);
+  if (a.query_norm.weight.defined()) {
+    q = a.query_norm.forward(q);
+    k = a.key_norm.forward(k);
+  }
+  forward_offer(taps, layer, "query", q);
+  forward_offer(taps, layer, "key", k);
+  forward_offer(taps, layer, "value", v);
+  const bool local = !config_.sliding_window.empty() && config_.sliding_window[i] > 0;
+  if (context.rope.cos.defined() && (config_.no_rope.empty() || config_.no_rope[i] == 0)) {
+    const RopeTables& rope = local && context.rope_local.cos.defined() ? context.rope_local : context.rope;
+    q = apply_rope(q, rope);
+    k = apply_rope(k, rope);
+  }
+  if (cache) {
+    if (cache->layers.size() <= i) cache->layers.resize(i + 1);
+    auto& [past_k, past_v] = cache->layers[i];
+    if (past_k.defined()) {
+      k = at::cat({past_k, k}, 2);
+      v = at::cat({past_v, v}, 2);
+    }
+    past_k = k;
+    past_v = v;
+  }
+  const double scale = config_.query_scale > 0 ? config_.query_scale : 1.0 / std::sqrt(static_cast<double>(a.head_dim));
+  const std::int64_t group = a.heads / a.kv_heads;
+  const at::Tensor mixed = forward_attention(q, forward_repeat_heads(k, group), forward_repeat_heads(v, group),
+                                             local ? context.mask_local : context.mask, local ? context.causal_local : context.causal, scale);
+  const at::Tensor merged = mixed.transpose(1, 2).reshape({batch, length, a.heads * a.head_dim});
+  forward_offer(taps, layer, "context", merged);
+  return a.output.forward(merged, taps);
+}
+
+at::Tensor Transformer::run_block(std::int64_t layer, const at::Tensor& x, const Context& context, TapSink* taps, KvCache* cache) const {
+  const Family& family = *config_.family;
+  const Block& block = blocks[static_cast<std::size_t>(layer)];
+  forward_offer(taps, layer, "input", x);
+  const auto mlp = [&](const at::Tensor& in) {
+    at::Tensor inner;  // [B,T,f]
+    if (block.mlp.gate.weight.defined()) {
+      inner = forward_activate(family.activation, block.mlp.gate.forward(in, taps)) * block.mlp.up.forward(in, taps);
+    } else {
+      inner = forward_activate(family.activation, block.mlp.up.forward(in, taps));
+    }
+    forward_offer(taps, layer, "ffn", inner);
+    return block.mlp.down.forward(inner, taps);
+  };
+  at::Tensor y;
+  if (family.post_norm) {
+    const at::Tensor h = block.attention_norm.forward(x + attend(layer, x, context, taps, cache));
+    y = block.mlp_norm.forward(h + mlp(h));
+  } else {
+    at::Tensor a = attend(layer, block.attention_norm.forward(x), context, taps, cache);
+    if (family.sandwich_norms) a = block.post_attention_norm.forward(a);
+    const at::Tensor h = x + a;
+    at::Tensor m = mlp(block.mlp_norm.forward(h));
+    if (family.sandwich_norms) m = block.post_mlp_norm.forward(m);
+    y = h + m;
+  }
+  forward_offer(taps, layer, "output", y);
+  return y;
+}
+
+at::Tensor Transformer::block_forward(std::int64_t layer, const at::Tensor& x, const ModelInput& input, TapSink* taps, KvCache* cache) const {
+  const auto i = static_cast<std::size_t>(layer);
+  const std::int64_t past = cache && cache->layers.size() > i && cache->layers[i].first.defined() ? cache->layers[i].first.size(2) : 0;
+  return run_block(layer, x, make_context(input, x, past), taps, cache);
+}
+
+at::Tensor Transformer::hidden(const ModelInput& input, TapSink* taps, KvCache* cache) const {
+  at::Tensor x = embed(input, taps);
+  const Context context = make_context(input, x, cache ? cache->length : 0);
+  for (std::int64_t i = 0; i < static_cast<std::int64_t>(blocks.size()); ++i) x = run_block(i, x, context, taps, cache);
+  if (cache) cache->length += input.ids.size(1);
+  if (final_norm.weight.defined()) x = final_norm.forward(x);
+  forward_offer(taps, "final", x);
+  return x;
+}
+
+at::Tensor Transformer::pooled(const at::Tensor& hidden, const ModelInput& input) const {
+  if (config_.pooling == "cls") return hidden.select(1, 0);
+  if (config_.pooling == "pooler") return pooler.forward(hidden.select(1, 0)).tanh();
+  if (!input.lengths.defined()) return hidden.mean(1);
+  const at::Tensor lengths = input.lengths.to(hidden.device());
+  const at::Tensor real = at::arange(hidden.size(1), lengths.options()).unsqueeze(0).lt(lengths.unsqueeze(1)).to(hidden.scalar_type());  // [B,T]
+  // A matrix product per row: sum of the hidden states of real tokens, then the mean.
+  return at::bmm(real.unsqueeze(1), hidden).squeeze(1) / lengths.clamp_min(1).unsqueeze(1).to(hidden.scalar_type());
+}
+
+at::Tensor Transformer::head(const at::Tensor& x) const {
+  if (config_.family->encoder) {
+    if (!classifier.weight.defined()) throw std::logic_error("Transformer::head: the encoder has no classifier");
+    return classifier.forward(x);
+  }
+  if (lm_head.weight.defined()) return lm_head.forward(x);
+  if (tokens.compacted()) throw std::logic_error("Transformer::head: a tied head needs the whole embedding, which is compacted");
+  return at::linear(x, tokens.effective_weight());
+}
+
+at::Tensor Transformer::forward(const ModelInput& input, TapSink* taps, KvCache* cache) const {
+  const at::Tensor h = hidden(input, taps, cache);
+  if (!config_.family->encoder) return head(h);
+  at::Tensor p = pooled(h, input);
+  forward_offer(taps, "pooled", p);
+  if (dropout > 0 && at::GradMode::is_enabled()) p = at::dropout(p, dropout, true);
+  return config_.is_classifier() ? head(p) : p;
+}
+
+}  // namespace kompakt
