@@ -1,0 +1,385 @@
+// The training loop: batches, hooks, optimizer, state. Losses, constraints and schedules are rows and objects of others.
+#include "train/loop.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <malloc.h>
+
+#include <cmath>
+#include <limits>
+#include <mutex>
+
+#include "core/error.h"
+#include "core/log.h"
+#include "core/random.h"
+#include "core/system.h"
+#include "core/text.h"
+#include "model/checkpoint.h"
+#include "train/clip.h"
+#include "train/dev_score.h"
+#include "train/optimizer.h"
+#include "train/precision.h"
+#include "train/schedule.h"
+#include "train/state.h"
+#include "train/step_batches.h"
+#include "train/targets.h"
+#include "train/teacher.h"
+#include "train/telemetry.h"
+
+namespace kompakt {
+namespace {
+
+// A step allocates and frees the same few hundred megabytes every time. glibc would give large blocks back to the kernel at
+// each free and take fresh zeroed pages at the next allocation, which costs more than the small matrix products themselves.
+void loop_keep_memory() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 1 << 30);
+    mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+#endif
+  });
+}
+
+// Everything that training changes about a model besides its weights, undone in reverse order on every way out.
+class Attachment {
+ public:
+  Attachment(Transformer& model, const std::vector<std::shared_ptr<Constraint>>& constraints, const at::Tensor& used_ids, double dropout)
+      : model_(model), constraints_(constraints), dropout_(model.dropout) {
+    if (used_ids.defined()) model_.tokens.compact(used_ids);
+    model_.dropout = dropout;
+    try {
+      for (; attached_ < constraints_.size(); ++attached_) constraints_[attached_]->attach(model_);
+    } catch (...) {
+      undo();
+      throw;
+    }
+  }
+  ~Attachment() {
+    try {
+      undo();
+    } catch (const std::exception& error) {
+      log_warning(str("leaving the training loop: ", error.what()));
+    }
+  }
+  Attachment(const Attachment&) = delete;
+  Attachment& operator=(const Attachment&) = delete;
+  void undo() {
+    if (undone_) return;
+    undone_ = true;
+    while (attached_ > 0) constraints_[--attached_]->detach(model_);
+    for (const NamedParameter& parameter : model_.parameters()) parameter.value->mutable_grad() = at::Tensor();
+    model_.requires_grad(false);
+    if (model_.tokens.compacted()) model_.tokens.expand();
+    model_.dropout = dropout_;
+  }
+
+ private:
+  Transformer& model_;
+  const std::vector<std::shared_ptr<Constraint>>& constraints_;
+  double dropout_;
+  std::size_t attached_ = 0;
+  bool undone_ = false;
+};
+
+// Sorted unique ids that training and scoring can meet, padding included.
+at::Tensor loop_used_ids(const TaskData& data) {
+  if (data.kind != TaskData::Kind::classification) return {};
+  std::set<std::int64_t> ids = {padding_id(data)};
+  for (const auto* set : {&data.train, &data.dev}) {
+    for (const auto& text : set->ids) ids.insert(text.begin(), text.end());
+  }
+  const std::vector<std::int64_t> sorted(ids.begin(), ids.end());
+  return at::tensor(at::ArrayRef<std::int64_t>(sorted), at::kLong);
+}
+
+class TrainingRun {
+ public:
+  TrainingRun(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context)
+      : model_(model), options_(options), objectives_(objectives), constraints_(constraints), context_(context), data_(check_data()),
+        schedule_(find_schedule(options.schedule)), bf16_(use_bf16(options.precision, context.device)), classification_(data_.kind == TaskData::Kind::classification) {
+    if (objectives_.empty()) throw std::logic_error("train: no objective");
+    loop_keep_memory();
+    check_model();
+    if (model_.device() != context_.device) model_.to(context_.device);
+    for (const auto& objective : objectives_) {
+      std::set<std::string> student;
+      objective->request_taps(student, teacher_taps_);
+      student_taps_.insert(student.begin(), student.end());
+      needs_teacher_ = needs_teacher_ || objective->needs_teacher();
+      needs_logits_ = needs_logits_ || objective->needs_logits();
+    }
+    needs_teacher_ = needs_teacher_ || !teacher_taps_.empty();
+    if (needs_teacher_ && !context_.teacher) throw Error("an objective needs a teacher, and the run has none").at(context_.title).hint("name a teacher in the recipe, or use labels alone");
+    if (classification_) student_taps_.insert("final");
+  }
+
+  TrainResult run() {
+    const std::uint64_t order_seed = CounterRandom(context_.seed, "data-order").key();
+    const StepBatches batches(data_, options_, order_seed);
+    steps_ = batches.steps();
+    identity_ = identity();
+    if (needs_teacher_) context_.teacher->prepare(teacher_taps_);
+
+    Attachment attachment(model_, constraints_, loop_used_ids(data_), options_.dropout);
+    AdamW optimizer(all_parameters(), options_.beta1, options_.beta2, options_.epsilon);
+    optimizer_ = &optimizer;
+    const Json saved = restore();
+    Telemetry telemetry(context_.title, steps_, saved.is_null() ? Json() : saved.at("telemetry"));
+    telemetry_ = &telemetry;
+    if (bf16_) log_info(context_.title + ": bfloat16 autocast over float32 weights");
+
+    while (step_ < steps_) {
+      one_step(batches.micro_batches(step_));
+      ++step_;
+      if (batches.ends_epoch(step_ - 1)) score_epoch(batches);
+      const bool stop = interrupted();
+      if (stop || step_ == steps_ || step_ % options_.save_every_steps == 0) save();
+      if (stop && step_ < steps_) check_interrupted();
+    }
+    if (options_.keep == "best" && best_step_ > 0 && best_step_ != steps_) load_state(best_file(), weights());
+    telemetry.finish();
+    if (context_.details) {
+      (*context_.details)["loss_curve"] = telemetry.loss_curve();
+      (*context_.details)["dev_curve"] = telemetry.dev_curve();
+      (*context_.details)["steps"] = steps_;
+      (*context_.details)["precision"] = bf16_ ? "bf16" : "float32";
+    }
+    attachment.undo();
+    const bool best = options_.keep == "best" && best_step_ > 0;
+    return {steps_, last_loss_, best ? best_score_ : last_score_, telemetry.seconds()};
+  }
+
+ private:
+  const TaskData& check_data() const {
+    if (!context_.data) throw std::logic_error("train: no data");
+    return *context_.data;
+  }
+
+  void check_model() const {
+    if (classification_ && !model_.classifier.weight.defined()) {
+      throw Error("the model has no classifier to train on class labels").at(context_.title).hint("start with the stage finetune, which adds one to an encoder");
+    }
+    if (classification_) {
+      const std::int64_t classes = model_.classifier.out_features();
+      for (const TokenizedExamples* set : {&data_.train, &data_.dev}) {
+        for (std::int64_t label : set->labels) {
+          if (label < 0 || label >= classes) throw Error(str("label ", label, " does not fit the classifier of ", classes, " classes")).at(context_.title).given(str(label)).allowed(str("0 to ", classes - 1));
+        }
+      }
+    } else if (!model_.lm_head.weight.defined() && !model_.config().tied) {
+      throw Error("the model has no output over the vocabulary, so it cannot train on text").at(context_.title).hint("use a decoder, or class labels");
+    }
+  }
+
+  // What a saved state belongs to. How often it is saved does not change the weights and may differ.
+  Json identity() const {
+    Json out = Json::object();
+    out["options"] = to_json(write_fields([this](FieldVisitor& visitor) {
+      TrainOptions copy = options_;
+      fields(visitor, copy);
+    }));
+    out["options"].erase("save_every_steps");
+    out["seed"] = context_.seed;
+    out["steps"] = steps_;
+    out["data"] = data_.hash;
+    out["model"] = fingerprint(model_);
+    out["teacher"] = needs_teacher_ ? Json(context_.teacher->fingerprint()) : Json();
+    out["precision"] = bf16_ ? "bf16" : "float32";
+    out["constraints"] = Json::array();
+    for (const auto& constraint : constraints_) out["constraints"].push_back(constraint->name());
+    return out;
+  }
+
+  std::vector<TrainableParameter> all_parameters() {
+    std::vector<TrainableParameter> out = trainable_parameters(model_, options_);
+    const auto add = [&](const std::string& owner, const std::vector<std::pair<std::string, at::Tensor>>& extra) {
+      for (const auto& [name, value] : extra) {
+        at::Tensor handle = value;
+        handle.requires_grad_(true);
+        out.push_back({owner + name, handle, options_.learning_rate, 0});
+      }
+    };
+    for (std::size_t i = 0; i < objectives_.size(); ++i) add(str("objective.", i, "."), objectives_[i]->parameters());
+    for (std::size_t i = 0; i < constraints_.size(); ++i) add(str("constraint.", i, "."), constraints_[i]->parameters());
+    return out;
+  }
+
+  NamedTensors weights() const {
+    NamedTensors out;
+    for (const TrainableParameter& parameter : optimizer_->parameters()) out.emplace_back("weight." + parameter.name, parameter.value);
+    return out;
+  }
+
+  std::filesystem::path state_file() const { return context_.work / "state.safetensors"; }
+  std::filesystem::path best_file() const { return context_.work / str("best-", best_step_, ".safetensors"); }
+
+  void save() const {
+    NamedTensors tensors = weights();
+    for (auto& entry : optimizer_->state()) tensors.push_back(std::move(entry));
+    const auto number = [](double value) { return std::isnan(value) ? Json() : Json(value); };
+    save_state(state_file(), tensors, {{"identity", identity_}, {"step", step_}, {"last_loss", last_loss_}, {"last_score", number(last_score_)},
+                                       {"best_step", best_step_}, {"best_score", number(best_score_)}, {"telemetry", telemetry_->save()}});
+    for (const auto& entry : std::filesystem::directory_iterator(context_.work)) {  // only what the new state points to is needed
+      if (starts_with(entry.path().filename().string(), "best-") && entry.path() != best_file()) std::filesystem::remove(entry.path());
+    }
+  }
+
+  Json restore() {
+    if (context_.work.empty()) throw std::logic_error("train: no work folder");
+    std::filesystem::create_directories(context_.work);
+    if (!context_.resume) return nullptr;
+    const Json saved = read_state_json(state_file());
+    if (saved.is_null()) return nullptr;
+    check_identity(saved.at("identity"), identity_, state_file());
+    NamedTensors tensors = weights();
+    for (auto& entry : optimizer_->state()) tensors.push_back(std::move(entry));
+    load_state(state_file(), tensors);
+    const auto number = [](const Json& json) { return json.is_null() ? std::numeric_limits<double>::quiet_NaN() : json.get<double>(); };
+    step_ = saved.at("step").get<std::int64_t>();
+    last_loss_ = number(saved.at("last_loss"));
+    last_score_ = number(saved.at("last_score"));
+    best_step_ = saved.at("best_step").get<std::int64_t>();
+    best_score_ = number(saved.at("best_score"));
+    log_info(str(context_.title, ": going on after step ", step_, " of ", steps_));
+    return saved;
+  }
+
+  void score_epoch(const StepBatches& batches) {
+    AutocastGuard autocast(context_.device, bf16_);
+    last_score_ = dev_score(model_, data_);
+    if (std::isnan(last_score_)) return;
+    telemetry_->dev(static_cast<double>(step_) / static_cast<double>(batches.steps_per_epoch()), step_, last_score_);
+    if (options_.keep == "best" && (best_step_ == 0 || last_score_ > best_score_)) {
+      best_score_ = last_score_;
+      best_step_ = step_;
+      save_state(best_file(), weights(), Json::object());
+    }
+  }
+
+  at::Tensor micro_loss(const TokenBatch& batch, std::vector<LossPart>& parts) {
+    AutocastGuard autocast(context_.device, bf16_);
+    const ModelInput input = to_input(batch, context_.device);
+    TapMap taps(student_taps_);
+    at::Tensor hidden, logits;
+    if (classification_) {
+      logits = model_.forward(input, &taps);
+      hidden = taps.at("final");
+    } else {
+      hidden = model_.hidden(input, &taps);
+      if (needs_logits_) logits = model_.head(hidden);
+    }
+    for (const std::string& name : student_taps_) {
+      if (!taps.values().count(name)) throw Error(str("the student has no value \"", name, "\"")).at(context_.title).given(name).hint("layers count from 0; see docs for the names of taps");
+    }
+    TeacherTargets targets;
+    if (needs_teacher_) targets = context_.teacher->targets(batch);
+    const ObjectiveInput all{model_, input, batch, logits, hidden, taps, needs_teacher_ ? &targets : nullptr};
+    at::Tensor total;
+    for (const auto& objective : objectives_) {
+      const at::Tensor value = objective->loss(all, parts);
+      total = total.defined() ? total + value : value;
+    }
+    return total;
+  }
+
+  void one_step(const std::vector<TokenBatch>& batches) {
+    // Every draw of the step comes from here, so that a resumed run sees the same dropout.
+    at::manual_seed(CounterRandom(context_.seed, "train-step").bits(static_cast<std::uint64_t>(step_)) & 0xffffffffu);
+    for (const auto& constraint : constraints_) constraint->before_forward(model_, step_, steps_);
+    optimizer_->zero_grad();
+    std::vector<double> counts;
+    double all_targets = 0;
+    StepRecord record;
+    for (const TokenBatch& batch : batches) {
+      counts.push_back(static_cast<double>(count_targets(batch)));
+      all_targets += counts.back();
+      record.tokens += batch.tokens();
+    }
+    if (all_targets == 0) throw Error(str("step ", step_ + 1, " has nothing to predict")).at(context_.title).hint("documents of one token cannot be trained on: check the data");
+
+    // Means over the whole step: a micro batch counts by its targets, not as one of so many.
+    at::Tensor loss;
+    std::vector<std::pair<std::string, at::Tensor>> parts;
+    for (std::size_t i = 0; i < batches.size(); ++i) {
+      if (counts[i] == 0) continue;
+      const double weight = counts[i] / all_targets;
+      std::vector<LossPart> micro_parts;
+      at::Tensor value = micro_loss(batches[i], micro_parts);
+      (weight == 1 ? value : value * weight).backward();
+      at::NoGradGuard no_grad;
+      const at::Tensor share = value.detach().to(at::kFloat) * weight;
+      loss = loss.defined() ? loss + share : share;
+      for (const LossPart& part : micro_parts) {
+        const at::Tensor part_share = part.value.detach().to(at::kFloat) * weight;
+        auto found = std::find_if(parts.begin(), parts.end(), [&](const auto& entry) { return entry.first == part.name; });
+        if (found == parts.end()) parts.emplace_back(part.name, part_share);
+        else found->second = found->second + part_share;
+      }
+    }
+    // One transfer from the device for all numbers of the step.
+    std::vector<at::Tensor> numbers = {loss, global_norm(optimizer_->gradients()).to(loss.device())};
+    for (const auto& [name, value] : parts) numbers.push_back(value.to(loss.device()));
+    const at::Tensor host = at::stack(numbers).to(at::kCPU, at::kDouble);
+    const double* values = host.const_data_ptr<double>();
+    record.step = step_ + 1;
+    record.loss = values[0];
+    record.gradient_norm = values[1];
+    for (std::size_t i = 0; i < parts.size(); ++i) record.parts.emplace_back(parts[i].first, values[i + 2]);
+    if (!std::isfinite(record.loss) || !std::isfinite(record.gradient_norm)) stop_for_bad_batch(batches, record);
+
+    const double divisor = clip_divisor(record.gradient_norm, options_.clip);
+    const double factor = schedule_factor(schedule_, step_, steps_, options_.warmup, options_.final_ratio);
+    optimizer_->step(factor, divisor == 1 ? at::Tensor() : at::full({}, divisor, at::TensorOptions().dtype(at::kFloat).device(context_.device)));
+    for (const auto& constraint : constraints_) constraint->after_step(model_);
+    record.learning_rate = options_.learning_rate * factor;
+    last_loss_ = record.loss;
+    telemetry_->step(record);
+  }
+
+  [[noreturn]] void stop_for_bad_batch(const std::vector<TokenBatch>& batches, const StepRecord& record) const {
+    Json json = {{"step", record.step}, {"loss", record.loss}, {"gradient_norm", record.gradient_norm}, {"parts", Json::object()}, {"micro_batches", Json::array()}};
+    for (const auto& [name, value] : record.parts) json["parts"][name] = value;
+    for (const TokenBatch& batch : batches) {
+      Json rows = Json::array();
+      for (std::int64_t r = 0; r < batch.rows; ++r) {
+        const auto first = batch.ids.begin() + r * batch.columns;
+        rows.push_back({{"example", batch.examples.empty() ? -1 : batch.examples[static_cast<std::size_t>(r)]}, {"label", batch.labels.empty() ? -1 : batch.labels[static_cast<std::size_t>(r)]},
+                        {"ids", std::vector<std::int64_t>(first, first + (batch.lengths.empty() ? batch.columns : batch.lengths[static_cast<std::size_t>(r)]))}});
+      }
+      json["micro_batches"].push_back(std::move(rows));
+    }
+    const std::filesystem::path file = context_.work / "bad_batch.json";
+    write_json(file, json);
+    std::vector<std::string> parts;
+    for (const auto& [name, value] : record.parts) parts.push_back(name + " " + shortest(value));
+    throw Error(str("step ", record.step, ": the ", std::isfinite(record.loss) ? "gradient" : "loss", " is not finite (loss ", shortest(record.loss), ", gradient norm ", shortest(record.gradient_norm), "; ", join(parts, ", "), ")"))
+        .at(context_.title).hint("the batch lies in " + file.string() + "; a lower learning rate, a longer warm-up or clipping helps most often");
+  }
+
+  Transformer& model_;
+  const TrainOptions& options_;
+  const std::vector<std::shared_ptr<Objective>>& objectives_;
+  const std::vector<std::shared_ptr<Constraint>>& constraints_;
+  StageContext& context_;
+  const TaskData& data_;
+  const Schedule& schedule_;
+  const bool bf16_, classification_;
+  bool needs_teacher_ = false, needs_logits_ = false;
+  std::set<std::string> student_taps_, teacher_taps_;
+  AdamW* optimizer_ = nullptr;      // live in run()
+  Telemetry* telemetry_ = nullptr;
+  Json identity_;
+  std::int64_t steps_ = 0, step_ = 0;  // step_: done
+  double last_loss_ = 0, last_score_ = std::numeric_limits<double>::quiet_NaN(), best_score_ = std::numeric_limits<double>::quiet_NaN();
+  std::int64_t best_step_ = 0;  // 0 = none yet
+};
+
+}  // namespace
+
+TrainResult train(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives,
+                  const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context) {
+  return TrainingRun(model, options, objectives, constraints, context).run();
+}
+
+}  // namespace kompakt

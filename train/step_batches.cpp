@@ -1,0 +1,47 @@
+// From epochs and accumulation to steps.
+#include "train/step_batches.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "core/text.h"
+
+namespace kompakt {
+
+std::int64_t padding_id(const TaskData& data) {
+  const std::int64_t pad = data.tokenizer ? data.tokenizer->special().pad : -1;
+  return pad >= 0 ? pad : 0;
+}
+
+StepBatches::StepBatches(const TaskData& data, const TrainOptions& options, std::uint64_t seed) : accumulate_(options.accumulate) {
+  if (data.kind == TaskData::Kind::classification) {
+    if (data.train.ids.empty()) throw Error("the training set is empty").at("data.train").allowed("at least one example");
+    examples_ = std::make_unique<ClassificationBatches>(data.train, options.batch_size, options.bucket_batches, seed, padding_id(data));
+    batches_per_epoch_ = examples_->batches_per_epoch();
+  } else {
+    const std::int64_t end = data.tokenizer ? data.tokenizer->special().eos : -1;
+    text_ = std::make_unique<TextBatches>(data.train_documents, options.sequence_length, options.batch_size, std::max<std::int64_t>(0, end), data.train_documents.size() > 1, seed);
+    batches_per_epoch_ = text_->batches_per_epoch();
+    if (batches_per_epoch_ == 0) {
+      std::int64_t tokens = 0;
+      for (const auto& document : data.train_documents) tokens += static_cast<std::int64_t>(document.size());
+      throw Error(str("the training text has ", tokens, " tokens, fewer than one row of ", options.sequence_length))
+          .at("data.train").given(str(tokens, " tokens")).allowed(str("at least ", options.sequence_length)).hint("lower sequence_length or give more text");
+    }
+  }
+  steps_per_epoch_ = (batches_per_epoch_ + accumulate_ - 1) / accumulate_;
+  // The small slack keeps 0.1 * 30 = 3.0000000000000004 from becoming 4 steps.
+  steps_ = options.steps > 0 ? options.steps : std::max<std::int64_t>(1, static_cast<std::int64_t>(std::ceil(options.epochs * static_cast<double>(steps_per_epoch_) - 1e-9)));
+}
+
+TokenBatch StepBatches::batch(std::int64_t epoch, std::int64_t index) const { return examples_ ? examples_->get(epoch, index) : text_->get(epoch, index); }
+
+std::vector<TokenBatch> StepBatches::micro_batches(std::int64_t step) const {
+  const std::int64_t epoch = step / steps_per_epoch_, first = (step % steps_per_epoch_) * accumulate_;
+  std::vector<TokenBatch> out;
+  for (std::int64_t i = first; i < std::min(first + accumulate_, batches_per_epoch_); ++i) out.push_back(batch(epoch, i));
+  return out;
+}
+
+}  // namespace kompakt

@@ -1,0 +1,52 @@
+// What a running training tells: events for metrics.jsonl, the progress bar, and the curves of the report.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/json.h"
+#include "core/log.h"
+
+namespace kompakt {
+
+struct StepRecord {
+  std::int64_t step = 0;  // from 1
+  double loss = 0;
+  std::vector<std::pair<std::string, double>> parts;
+  double gradient_norm = 0;  // before clipping
+  double learning_rate = 0;  // peak rate x schedule, without per-group rates
+  std::int64_t tokens = 0;   // without padding
+};
+
+class Telemetry {
+ public:
+  // `saved`: what save() gave in an earlier process, or null.
+  Telemetry(std::string title, std::int64_t steps, const Json& saved);
+  void step(const StepRecord& record);
+  void dev(double epoch, std::int64_t step, double score);
+  void finish();
+  double seconds() const;  // over all processes of this training
+
+  Json save() const;
+  // At most about 250 points; a point is the mean over the steps since the last one:
+  // [{"step":..,"loss":..,"learning_rate":..,"parts":{..}}]
+  const Json& loss_curve() const { return loss_curve_; }
+  const Json& dev_curve() const { return dev_curve_; }  // [{"epoch":..,"step":..,"score":..}]
+
+ private:
+  std::string title_;
+  std::int64_t steps_, curve_every_, event_every_;
+  Json loss_curve_ = Json::array(), dev_curve_ = Json::array();
+  std::vector<std::pair<std::string, double>> sums_;  // since the last point of the curve: loss first, then parts
+  std::int64_t summed_ = 0;
+  double seconds_before_ = 0;
+  std::chrono::steady_clock::time_point start_, event_start_;
+  std::int64_t event_tokens_ = 0;
+  Progress progress_;
+  std::string note_;
+};
+
+}  // namespace kompakt
