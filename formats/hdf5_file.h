@@ -13,6 +13,8 @@
 
 namespace kompakt {
 
+std::string hdf5_version();  // of the library, "1.10.8"
+
 class Hdf5File {
  public:
   enum class Mode { read, create, append };  // create writes under a temporary name until close()
