@@ -1,0 +1,335 @@
+// Rows of the table of grids. Each row is a small struct of constants and a group fit; encode, rounding and packing are
+// one template each. Rows of a matrix are independent, so the result does not depend on the number of threads.
+#include "quantize/grids.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "core/text.h"
+#include "quantize/grid_math.h"
+#include "quantize/group_fit.h"
+#include "quantize/vector_lanes.h"
+
+namespace kompakt {
+namespace {
+
+// ---- starts of the searches: shares of the scale that clips nothing, or of the root mean square ----
+constexpr float grid_starts_fine[] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};       // 4 bits and more
+constexpr float grid_starts_coarse[] = {1.0f, 0.85f, 0.7f, 0.58f, 0.46f, 0.36f};     // 3 bits
+constexpr float grid_starts_rms[] = {0.5f, 0.7f, 0.9f, 1.1f, 1.3f};                  // 2 bits
+constexpr float grid_starts_once[] = {1.0f};
+constexpr float grid_shrink_fine[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.65f};
+constexpr float grid_shrink_coarse[] = {1.0f, 0.88f, 0.76f, 0.64f, 0.52f, 0.4f};
+
+// ---- the rows: constants and fit ----
+
+template <int Low, int High, int Bits>
+struct GridCodes {
+  static constexpr int low = Low, high = High;
+  static constexpr bool asymmetric = false, integer_zero = false;
+  static constexpr CodeLayout layout{Packing::bits, Bits, Low, High};
+};
+
+struct TernaryCodes {
+  static constexpr int low = -1, high = 1;
+  static constexpr bool asymmetric = false, integer_zero = false;
+  static constexpr CodeLayout layout{Packing::trits, 2, -1, 1};
+};
+
+struct TernaryGrid : TernaryCodes {
+  static GroupScale fit(FitScratch& group) { return {grid::stored_scale(fit_ternary(group), grid::smallest_normal_half), 0}; }
+};
+
+struct AbsmeanGrid : TernaryCodes {
+  static GroupScale fit(FitScratch& group) { return {grid::stored_scale(fit_absmean(group), grid::smallest_normal_half), 0}; }
+};
+
+// One scale that covers everything; half-precision subnormals allowed, as the scale of 8-bit codes is small by nature.
+struct AbsmaxGrid : GridCodes<-127, 127, 8> {
+  static GroupScale fit(FitScratch& group) { return {grid::stored_scale(fit_absmax(group, 127), grid::smallest_half), 0}; }
+};
+
+template <int Low, int High, int Bits, bool BothSigns>
+struct UniformGrid : GridCodes<Low, High, Bits> {
+  static GroupScale fit(FitScratch& group) {
+    static constexpr bool rms = High - Low <= 3;
+    UniformRule rule{Low, High, BothSigns, rms, grid_starts_fine, Bits <= 3 ? 8 : 3, grid::smallest_normal_half};
+    if (rms)
+      rule.starts = grid_starts_rms;
+    else if (Bits == 3)
+      rule.starts = grid_starts_coarse;
+    return {fit_uniform(group, rule), 0};
+  }
+};
+
+template <int High, int Bits, bool IntegerZero>
+struct OffsetGrid : GridCodes<0, High, Bits> {
+  static constexpr bool asymmetric = true, integer_zero = IntegerZero;
+  static GroupScale fit(FitScratch& group) {
+    OffsetRule rule{High, IntegerZero, grid_shrink_fine, false, 6, grid::smallest_normal_half};
+    if (Bits == 2) rule.starts = grid_shrink_coarse, rule.pairs = true;
+    return fit_offset(group, rule);
+  }
+};
+
+// ---- the templates ----
+
+struct GridShape {
+  std::int64_t rows, columns, group, groups;
+};
+
+GridShape grid_shape(const at::Tensor& w, std::int64_t group) {
+  TORCH_CHECK(w.dim() == 2, "a grid takes a matrix, got ", w.dim(), " dimensions");
+  const std::int64_t columns = w.size(1), width = group > 0 ? std::min(group, std::max<std::int64_t>(columns, 1)) : std::max<std::int64_t>(columns, 1);
+  return {w.size(0), columns, width, (columns + width - 1) / width};
+}
+
+at::Tensor grid_input(const at::Tensor& t) { return t.detach().to(at::kCPU, at::kFloat).contiguous(); }
+
+const float* grid_importance(const at::Tensor& importance, at::Tensor& holder, std::int64_t columns) {
+  if (!importance.defined()) return nullptr;
+  TORCH_CHECK(importance.numel() == columns, "importance has ", importance.numel(), " values for ", columns, " columns");
+  holder = grid_input(importance);
+  return holder.data_ptr<float>();
+}
+
+// Rows a task: about 64k weights, a split that does not depend on the number of threads.
+std::int64_t grid_grain(const GridShape& shape) { return std::max<std::int64_t>(1, 65536 / std::max<std::int64_t>(shape.columns, 1)); }
+
+template <class Fit>
+GroupScale grid_fit_checked(Fit&& fit, FitScratch& scratch, const float* w, const float* importance, std::int64_t n, std::int64_t row) {
+  if (!scratch.load(w, importance, n)) throw Error(str("row ", row, " holds a weight that is not finite")).hint("check the checkpoint or the training that made it: the loss or a weight has overflowed");
+  const GroupScale g = fit(scratch);
+  if (!(std::fabs(g.scale) < grid::largest_half) || !(std::fabs(g.offset) < grid::largest_half))
+    throw Error(str("row ", row, " needs a scale of ", g.scale, ", more than half precision holds")).allowed("scales below 65504").hint("keep this tensor in float (option keep) or rescale the layer before it");
+  return g;
+}
+
+KOMPAKT_LANES void grid_round_group(const float* w, std::int64_t n, float scale, float inverse, float offset, float low, float high, float* out) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = grid::decode_value(grid::nearest_code(w[i], inverse, offset, low, high), scale, offset);
+}
+
+KOMPAKT_LANES void grid_code_group(const float* w, std::int64_t n, float inverse, float offset, float low, float high, std::int8_t* out) {
+  for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<std::int8_t>(static_cast<int>(grid::nearest_code(w[i], inverse, offset, low, high)));
+}
+
+template <class Row>
+Quantized grid_encode(const at::Tensor& w, std::int64_t group, const at::Tensor& importance) {
+  const GridShape shape = grid_shape(w, group);
+  const at::Tensor input = grid_input(w);
+  at::Tensor holder;
+  const float* weights = grid_importance(importance, holder, shape.columns);
+  Quantized q;
+  q.codes = at::empty({shape.rows, shape.columns}, at::kChar);
+  q.scales = at::empty({shape.rows, shape.groups}, at::kFloat);
+  if (Row::asymmetric) q.offsets = at::empty({shape.rows, shape.groups}, at::kFloat);
+  const float* in = input.data_ptr<float>();
+  std::int8_t* codes = q.codes.data_ptr<std::int8_t>();
+  float* scales = q.scales.data_ptr<float>();
+  float* offsets = Row::asymmetric ? q.offsets.data_ptr<float>() : nullptr;
+  at::parallel_for(0, shape.rows, grid_grain(shape), [&](std::int64_t begin, std::int64_t end) {
+    FitScratch scratch;
+    for (std::int64_t r = begin; r < end; ++r)
+      for (std::int64_t g = 0; g < shape.groups; ++g) {
+        const std::int64_t first = g * shape.group, n = std::min(shape.group, shape.columns - first);
+        const float* row = in + r * shape.columns + first;
+        const GroupScale s = grid_fit_checked(Row::fit, scratch, row, weights ? weights + first : nullptr, n, r);
+        scales[r * shape.groups + g] = s.scale;
+        if (offsets) offsets[r * shape.groups + g] = s.offset;
+        grid_code_group(row, n, grid::inverse_scale(s.scale), s.offset, Row::low, Row::high, codes + r * shape.columns + first);
+      }
+  });
+  if (w.device().is_cpu()) return q;
+  q.codes = q.codes.to(w.device()), q.scales = q.scales.to(w.device());
+  if (q.offsets.defined()) q.offsets = q.offsets.to(w.device());
+  return q;
+}
+
+template <class Row>
+at::Tensor grid_round(const at::Tensor& w, std::int64_t group, const at::Tensor& importance) {
+  const GridShape shape = grid_shape(w, group);
+  const at::Tensor input = grid_input(w);
+  at::Tensor holder, result = at::empty({shape.rows, shape.columns}, at::kFloat);
+  const float* weights = grid_importance(importance, holder, shape.columns);
+  const float* in = input.data_ptr<float>();
+  float* out = result.data_ptr<float>();
+  at::parallel_for(0, shape.rows, grid_grain(shape), [&](std::int64_t begin, std::int64_t end) {
+    FitScratch scratch;
+    for (std::int64_t r = begin; r < end; ++r)
+      for (std::int64_t first = 0; first < shape.columns; first += shape.group) {
+        const std::int64_t n = std::min(shape.group, shape.columns - first), at = r * shape.columns + first;
+        const GroupScale s = grid_fit_checked(Row::fit, scratch, in + at, weights ? weights + first : nullptr, n, r);
+        grid_round_group(in + at, n, s.scale, grid::inverse_scale(s.scale), s.offset, Row::low, Row::high, out + at);
+      }
+  });
+  return w.device().is_cpu() ? result : result.to(w.device());
+}
+
+template <class Row>
+at::Tensor grid_codes_for(const at::Tensor& w, const at::Tensor& scales, const at::Tensor& offsets, std::int64_t group) {
+  const GridShape shape = grid_shape(w, group);
+  TORCH_CHECK(scales.size(0) == shape.rows && scales.size(1) == shape.groups, "scales do not fit the matrix");
+  const at::Tensor input = grid_input(w), s = grid_input(scales), o = offsets.defined() ? grid_input(offsets) : at::Tensor();
+  at::Tensor result = at::empty({shape.rows, shape.columns}, at::kChar);
+  const float* in = input.data_ptr<float>();
+  const float* scale = s.data_ptr<float>();
+  const float* offset = o.defined() ? o.data_ptr<float>() : nullptr;
+  std::int8_t* codes = result.data_ptr<std::int8_t>();
+  at::parallel_for(0, shape.rows, grid_grain(shape), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r)
+      for (std::int64_t g = 0; g < shape.groups; ++g) {
+        const std::int64_t first = g * shape.group, n = std::min(shape.group, shape.columns - first), k = r * shape.groups + g;
+        grid_code_group(in + r * shape.columns + first, n, grid::inverse_scale(scale[k]), offset ? offset[k] : 0.0f, Row::low, Row::high,
+                        codes + r * shape.columns + first);
+      }
+  });
+  return w.device().is_cpu() ? result : result.to(w.device());
+}
+
+template <class Row>
+std::vector<std::byte> grid_pack(const at::Tensor& codes) {
+  const at::Tensor c = codes.to(at::kCPU, at::kChar).contiguous();
+  TORCH_CHECK(c.dim() == 2, "codes are a matrix");
+  if (c.numel() > 0) {
+    const auto range = c.aminmax();
+    TORCH_CHECK(std::get<0>(range).item<int>() >= Row::low && std::get<1>(range).item<int>() <= Row::high, "a code lies outside of the grid");
+  }
+  std::vector<std::byte> bytes(static_cast<std::size_t>(c.size(0) * Row::layout.row_bytes(c.size(1))));
+  pack_codes(Row::layout, c.data_ptr<std::int8_t>(), c.size(0), c.size(1), reinterpret_cast<std::uint8_t*>(bytes.data()));
+  return bytes;
+}
+
+template <class Row>
+at::Tensor grid_unpack(std::span<const std::byte> bytes, std::int64_t rows, std::int64_t columns) {
+  if (rows < 0 || columns < 0 || static_cast<std::int64_t>(bytes.size()) != rows * Row::layout.row_bytes(columns))
+    throw Error(str("packed codes of ", rows, " x ", columns, " weights have ", bytes.size(), " bytes")).allowed(str(rows * Row::layout.row_bytes(columns), " bytes")).hint("the file is damaged or was written with another grid");
+  at::Tensor codes = at::empty({rows, columns}, at::kChar);
+  if (!unpack_codes(Row::layout, reinterpret_cast<const std::uint8_t*>(bytes.data()), rows, columns, codes.data_ptr<std::int8_t>()))
+    throw Error("packed codes hold a value outside of the grid").allowed(str(Row::low, " to ", Row::high)).hint("the file is damaged or was written with another grid");
+  return codes;
+}
+
+struct GridText {
+  std::string_view name, summary;
+  double code_bits;
+  std::int64_t default_group;
+  bool group_fixed;
+  std::string_view ggml_type;
+  bool for_embeddings;
+  double gaussian_error;
+};
+
+template <class Row>
+Grid grid_row(const GridText& text) {
+  return {text.name, text.summary, text.code_bits, Row::low, Row::high, Row::asymmetric, text.default_group, text.group_fixed, "f16", text.ggml_type,
+          text.for_embeddings, text.gaussian_error, grid_encode<Row>, grid_codes_for<Row>, grid_pack<Row>, grid_unpack<Row>, grid_round<Row>, Row::layout,
+          Row::integer_zero};
+}
+
+using Int4Grid = UniformGrid<-8, 7, 4, false>;
+using Int4SignedGrid = UniformGrid<-8, 7, 4, true>;
+using FourLevelGrid = UniformGrid<-1, 2, 2, true>;
+
+// gaussian_error: upper bound of |w - decode(encode(w))|^2 / |w|^2 for N(0,1) at the default group (whole rows: 512 columns).
+const std::vector<Grid>& grid_table() {
+  static const std::vector<Grid> table = {
+      grid_row<AbsmaxGrid>({"int8", "8 bits, symmetric, scale from the largest weight of the row", 8, 0, false, "Q8_0", true, 8e-5}),
+      grid_row<Int4Grid>({"int4", "4 bits, symmetric, scale by least squares with clipping", 4, 64, false, "", true, 0.0098}),
+      grid_row<Int4SignedGrid>({"int4_signed", "4 bits, symmetric, signed scale: the extra code serves the longer tail", 4, 64, false, "", true, 0.0093}),
+      grid_row<UniformGrid<-4, 3, 3, false>>({"int3", "3 bits, symmetric, scale by least squares", 3, 64, false, "", false, 0.038}),
+      grid_row<UniformGrid<-4, 3, 3, true>>({"int3_signed", "3 bits, symmetric, signed scale", 3, 64, false, "", false, 0.035}),
+      grid_row<UniformGrid<-2, 1, 2, false>>({"int2", "2 bits, symmetric, scale by least squares", 2, 64, false, "", false, 0.16}),
+      grid_row<OffsetGrid<15, 4, true>>({"int4_asym", "4 bits with an integer zero point", 4, 64, false, "", true, 0.0098}),
+      grid_row<OffsetGrid<3, 2, true>>({"int2_asym", "2 bits with an integer zero point", 2, 64, false, "", false, 0.16}),
+      grid_row<TernaryGrid>({"ternary", "-1, 0, 1 times a scale: the exact least-squares fit of every group", 1.6, 64, false, "", false, 0.190}),
+      grid_row<AbsmeanGrid>({"ternary_absmean", "-1, 0, 1 times the mean magnitude (the rule of BitNet b1.58): a control, not for use", 1.6, 0, false, "", false, 0.28}),
+      grid_row<FourLevelGrid>({"four_level", "-1, 0, 1, 2 times a signed scale, as GGUF Q2_0 stores it", 2, 64, false, "Q2_0", false, 0.130}),
+      grid_row<AbsmaxGrid>({"q8_0", "GGUF Q8_0: 8 bits, groups of 32", 8, 32, true, "Q8_0", true, 5e-5}),
+      grid_row<UniformGrid<-16, 15, 5, true>>({"q5_0", "GGUF Q5_0: 5 bits, signed scale, groups of 32", 5, 32, true, "Q5_0", true, 0.0022}),
+      grid_row<OffsetGrid<31, 5, false>>({"q5_1", "GGUF Q5_1: 5 bits with a minimum, groups of 32", 5, 32, true, "Q5_1", true, 0.0018}),
+      grid_row<Int4SignedGrid>({"q4_0", "GGUF Q4_0: 4 bits, signed scale, groups of 32", 4, 32, true, "Q4_0", true, 0.0078}),
+      grid_row<OffsetGrid<15, 4, false>>({"q4_1", "GGUF Q4_1: 4 bits with a minimum, groups of 32", 4, 32, true, "Q4_1", true, 0.0070}),
+      grid_row<FourLevelGrid>({"q2_0", "GGUF Q2_0: -1, 0, 1, 2 times a signed scale, groups of 64", 2, 64, true, "Q2_0", false, 0.130}),
+      grid_row<TernaryGrid>({"tq1_0", "GGUF TQ1_0: ternary, groups of 256, 1.69 bits", 1.6, 256, true, "TQ1_0", false, 0.194}),
+      grid_row<TernaryGrid>({"tq2_0", "GGUF TQ2_0: ternary, groups of 256, 2.06 bits", 1.6, 256, true, "TQ2_0", false, 0.194}),
+  };
+  return table;
+}
+
+}  // namespace
+
+std::span<const Grid> grids() { return grid_table(); }
+
+const Grid* find_grid(std::string_view name) {
+  for (const Grid& row : grids())
+    if (row.name == name) return &row;
+  return nullptr;
+}
+
+std::vector<std::string> grid_names() {
+  std::vector<std::string> names;
+  for (const Grid& row : grids()) names.emplace_back(row.name);
+  return names;
+}
+
+std::int64_t GridSpec::scale_count(std::int64_t columns) const {
+  const std::int64_t width = std::max<std::int64_t>(1, group_for(columns));
+  return (columns + width - 1) / width;
+}
+
+std::int64_t GridSpec::packed_bytes(std::int64_t rows, std::int64_t columns) const {
+  const std::int64_t side = 2 + (grid->asymmetric ? (grid->integer_zero ? 1 : 2) : 0);
+  return rows * (grid->layout.row_bytes(columns) + side * scale_count(columns));
+}
+
+double GridSpec::bits_per_weight(std::int64_t columns) const { return columns > 0 ? 8.0 * static_cast<double>(packed_bytes(1, columns)) / static_cast<double>(columns) : 0; }
+
+namespace {
+
+void grid_check(const GridSpec& spec, const at::Tensor& w) {
+  TORCH_CHECK(spec.grid != nullptr, "a grid spec without a grid");
+  TORCH_CHECK(w.dim() == 2, "a grid takes a matrix, got ", w.dim(), " dimensions");
+  if (!spec.grid->group_fixed) return;
+  const std::int64_t group = spec.grid->default_group;
+  TORCH_CHECK(spec.group == group, "grid ", std::string(spec.grid->name), " has groups of ", group);
+  if (w.size(1) % group != 0)
+    throw Error(str("a row of ", w.size(1), " weights does not divide into the groups of ", group, " of grid \"", spec.grid->name, "\"")).allowed(str("row lengths that are multiples of ", group)).hint("take a grid with smaller groups, such as q8_0, q4_0 (32) or four_level (64)");
+}
+
+}  // namespace
+
+Quantized encode(const GridSpec& spec, const at::Tensor& w, const at::Tensor& importance) {
+  grid_check(spec, w);
+  return spec.grid->encode(w, spec.group, importance);
+}
+
+at::Tensor round_to_grid(const GridSpec& spec, const at::Tensor& w, const at::Tensor& importance) {
+  grid_check(spec, w);
+  return spec.grid->round(w, spec.group, importance);
+}
+
+at::Tensor decode(const GridSpec& spec, const Quantized& q) {
+  const std::int64_t rows = q.codes.size(0), columns = q.codes.size(1);
+  const GridShape shape = grid_shape(q.codes, spec.group);
+  TORCH_CHECK(q.scales.size(0) == rows && q.scales.size(1) == shape.groups, "scales do not fit the codes");
+  const at::Tensor c = q.codes.to(at::kCPU).contiguous(), s = grid_input(q.scales), o = q.offsets.defined() ? grid_input(q.offsets) : at::Tensor();
+  at::Tensor result = at::empty({rows, columns}, at::kFloat);
+  const std::int8_t* codes = c.data_ptr<std::int8_t>();
+  const float* scales = s.data_ptr<float>();
+  const float* offsets = o.defined() ? o.data_ptr<float>() : nullptr;
+  float* out = result.data_ptr<float>();
+  at::parallel_for(0, rows, grid_grain(shape), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r)
+      for (std::int64_t k = 0; k < columns; ++k) {
+        const std::int64_t g = r * shape.groups + k / shape.group;
+        out[r * columns + k] = grid::decode_value(static_cast<float>(codes[r * columns + k]), scales[g], offsets ? offsets[g] : 0.0f);
+      }
+  });
+  return q.codes.device().is_cpu() ? result : result.to(q.codes.device());
+}
+
+}  // namespace kompakt
