@@ -220,11 +220,54 @@ std::string gate_number(double value) {
   return size >= 100 ? fixed(value, 1) : size >= 0.001 ? fixed(value, 4) : str(value);
 }
 
-std::string gate_figures(const GateResult& result) {
-  return result.left && result.right ? str(gate_number(*result.left), " ", result.comparison, " ", gate_number(*result.right)) : std::string();
+// The unit that all figures of an expression share; nothing when they differ or cancel.
+void gate_units_of(const GateExpression& tree, std::vector<Unit>& units, bool& plain) {
+  if (tree.kind == 'n') {
+    const Metric* metric = find_metric(tree.path.back());
+    units.push_back(metric ? metric->unit : Unit::number);
+    plain = plain && metric;
+  }
+  if (tree.kind == '/') plain = false;
+  if (tree.kind == '*' && tree.first->kind != '#' && tree.second->kind != '#') plain = false;
+  for (const auto& child : {tree.first, tree.second}) {
+    if (child) gate_units_of(*child, units, plain);
+  }
+}
+
+std::string gate_comparison(const std::string& text) {
+  try {
+    return parse_gate(text).comparison;
+  } catch (const Error&) {
+    return "against";
+  }
+}
+
+std::optional<Unit> gate_unit(const std::string& text) {
+  try {
+    const Gate gate = parse_gate(text);
+    std::vector<Unit> units;
+    bool plain = true;
+    gate_units_of(*gate.left, units, plain);
+    gate_units_of(*gate.right, units, plain);
+    if (plain && !units.empty() && std::count(units.begin(), units.end(), units[0]) == static_cast<std::ptrdiff_t>(units.size())) return units[0];
+  } catch (const Error&) {  // a gate of another version: its figures are shown as they are
+  }
+  return std::nullopt;
 }
 
 }  // namespace
+
+std::string gate_figures(const GateResult& result) {
+  if (!result.left || !result.right) return {};
+  const auto unit = gate_unit(result.text);
+  const auto show = [&](double value) { return !unit ? gate_number(value) : *unit == Unit::share ? str(fixed(100 * value, 2), "%") : show_number(*unit, value); };
+  std::string left = show(*result.left), right = show(*result.right);
+  if (left == right && *result.left != *result.right) {
+    left = shortest(*result.left);
+    right = shortest(*result.right);
+  }
+  return str(left, " ", result.comparison, " ", right);
+}
 
 GateResult evaluate_gate(const Json& report, const Gate& gate) {
   GateResult result;
@@ -276,7 +319,7 @@ std::vector<GateResult> gates_from_json(const Json& gates) {
     r.met = json_get_or<bool>(gate, "met", "gates", false);
     r.left = number_at(gate, "left");
     r.right = number_at(gate, "right");
-    r.comparison = json_get_or<std::string>(gate, "comparison", "gates", "against");
+    r.comparison = json_get_or<std::string>(gate, "comparison", "gates", gate_comparison(r.text));
     r.note = json_get_or<std::string>(gate, "note", "gates", "");
     results.push_back(r);
   }

@@ -46,6 +46,8 @@ bool all_met(const std::vector<GateResult>& results);
 
 Json gates_to_json(const std::vector<GateResult>& results);
 std::vector<GateResult> gates_from_json(const Json& gates);
+// "93.4% >= 92.8%", "4.19 MB <= 2.90 MB": the compared figures in the unit of the gate's metrics; "" when one is missing.
+std::string gate_figures(const GateResult& result);
 // Aligned lines, unmet ones first: verdict, gate, figures, note.
 std::string gate_table(const std::vector<GateResult>& results);
 // One JUnit test case per gate, as CI systems read it. `suite` is the run's name.

@@ -82,12 +82,7 @@ std::string page_gates(const Json& report) {
   for (const bool wanted : {false, true}) {
     for (const GateResult& gate : gates) {
       if (gate.met != wanted) continue;
-      std::string note;
-      if (gate.left && gate.right) {
-        const bool large = std::abs(*gate.left) >= 100000 || std::abs(*gate.right) >= 100000;
-        const auto show = [&](double v) { return large ? fixed(v, 0) : fixed(v, 4); };
-        note = str(show(*gate.left), " ", gate.comparison, " ", show(*gate.right));
-      }
+      std::string note = gate_figures(gate);
       if (!gate.note.empty()) note += str(note.empty() ? "" : " · ", gate.note);
       items += str("<li><span class=\"pill ", gate.met ? "yes\">met" : "no\">not met", "</span><code>", html_escape(gate.text), "</code><span class=\"note\">", html_escape(note), "</span></li>\n");
     }
@@ -96,17 +91,13 @@ std::string page_gates(const Json& report) {
 }
 
 std::string page_models(const Json& report) {
-  const ModelTable table = model_table(report);
-  const auto rows = model_rows(report);
+  const ModelTable table = model_table(report, false);
+  const auto rows = table_rows(report, false);
   if (rows.empty()) return {};
-  // Bars start at zero for sizes and times; scores lie close together near 1, so theirs start at half of the least.
-  std::vector<double> largest(table.metrics.size(), 0), least(table.metrics.size(), INFINITY);
+  std::vector<double> largest(table.metrics.size(), 0);  // bars start at zero: a longer one is that much more
   for (std::size_t c = 0; c < table.metrics.size(); ++c) {
     for (const Json* row : rows) {
-      if (const auto value = number_at(*row, table.metrics[c])) {
-        largest[c] = std::max(largest[c], *value);
-        least[c] = std::min(least[c], *value);
-      }
+      largest[c] = std::max(largest[c], number_at(*row, table.metrics[c]).value_or(0));
     }
   }
   std::string head, body;
@@ -126,8 +117,7 @@ std::string page_models(const Json& report) {
       const std::string shown = plus == std::string::npos ? html_escape(cell) : str(html_escape(cell.substr(0, plus)), " <small>", html_escape(cell.substr(plus + 1)), "</small>");
       const std::string title = metric && cell == "–" ? str(" title=\"", html_escape([&] { const Json* reason = find_json(*rows[r], {"nulls", metric->name}); return reason && reason->is_string() ? reason->get<std::string>() : std::string("not measured"); }()), "\"") : std::string();
       if (metric && value && largest[c] > 0) {
-        const double floor = metric->unit == Unit::share ? least[c] / 2 : 0;
-        body += str("<td class=\"num bar\" style=\"--share:", fixed(100 * (*value - floor) / std::max(largest[c] - floor, 1e-300), 1), "%\"><span>", shown, "</span></td>");
+        body += str("<td class=\"num bar\" style=\"--share:", fixed(100 * std::max(*value, 0.0) / largest[c], 1), "%\"><span>", shown, "</span></td>");
       } else {
         body += str("<td class=\"num\"", title, ">", shown, "</td>");
       }
@@ -166,7 +156,7 @@ std::string page_size_chart(const Json& report) {
     std::vector<ScatterPoint> points;
     for (const Json* row : model_rows(report)) {
       const auto bytes = number_at(*row, "bytes"), score = number_at(*row, key);
-      if (!bytes || !score || *bytes <= 0) continue;
+      if (!bytes || !score || *bytes <= 0 || same_as_teacher(report, *row)) continue;
       ScatterPoint point;
       point.label = row->value("name", "");
       point.x = *bytes;

@@ -10,7 +10,7 @@
 namespace kompakt {
 namespace {
 
-constexpr double chart_width = 720, chart_height = 340, chart_left = 62, chart_right = 18, chart_top = 16, chart_bottom = 46;
+constexpr double chart_left = 62, chart_right = 18, chart_top = 16, chart_bottom = 46;
 
 std::string chart_n(double value) { return fixed(value, 1); }
 
@@ -22,22 +22,23 @@ std::vector<double> chart_ticks(double low, double high, int wanted) {
     if (factor * power >= raw) step = factor * power;
   }
   std::vector<double> ticks;
-  for (double k = std::ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; ++k) ticks.push_back(k * step);
+  for (double k = std::ceil(low / step - 1e-9); k * step <= high + 1e-9 * step; ++k) ticks.push_back(k * step + 0.0);  // -0 becomes 0
   return ticks;
 }
 
 struct ChartFrame {
+  double width = 1040, height = 360;  // a whole row of the page; text keeps its size, so small charts have small frames
   double x_low = 0, x_high = 1, y_low = 0, y_high = 1;
   bool log_x = false;
   double x(double value) const {
     const double share = log_x ? std::log(value / x_low) / std::log(x_high / x_low) : (value - x_low) / (x_high - x_low);
-    return chart_left + share * (chart_width - chart_left - chart_right);
+    return chart_left + share * (width - chart_left - chart_right);
   }
-  double y(double value) const { return chart_top + (1 - (value - y_low) / (y_high - y_low)) * (chart_height - chart_top - chart_bottom); }
+  double y(double value) const { return chart_top + (1 - (value - y_low) / (y_high - y_low)) * (height - chart_top - chart_bottom); }
 };
 
-std::string chart_open(const std::string& title) {
-  return str("<svg class=\"chart\" viewBox=\"0 0 ", fixed(chart_width, 0), " ", fixed(chart_height, 0), "\" role=\"img\" aria-label=\"", html_escape(title), "\">\n");
+std::string chart_open(const ChartFrame& frame, const std::string& title) {
+  return str("<svg class=\"chart\" viewBox=\"0 0 ", fixed(frame.width, 0), " ", fixed(frame.height, 0), "\" role=\"img\" aria-label=\"", html_escape(title), "\">\n");
 }
 
 std::string chart_text(double x, double y, const char* style, const std::string& text) {
@@ -48,17 +49,17 @@ std::string chart_line(double x1, double y1, double x2, double y2, const char* s
   return str("<line x1=\"", chart_n(x1), "\" y1=\"", chart_n(y1), "\" x2=\"", chart_n(x2), "\" y2=\"", chart_n(y2), "\" class=\"", style, "\"/>\n");
 }
 
-std::string chart_axes(const std::string& x_title, const std::string& y_title) {
-  return chart_line(chart_left, chart_height - chart_bottom, chart_width - chart_right, chart_height - chart_bottom, "axis") + chart_text((chart_left + chart_width - chart_right) / 2, chart_height - 8, "title middle", x_title) +
-         str("<text transform=\"translate(15 ", chart_n((chart_top + chart_height - chart_bottom) / 2), ") rotate(-90)\" class=\"title middle\">", html_escape(y_title), "</text>\n");
+std::string chart_axes(const ChartFrame& frame, const std::string& x_title, const std::string& y_title) {
+  return chart_line(chart_left, frame.height - chart_bottom, frame.width - chart_right, frame.height - chart_bottom, "axis") + chart_text((chart_left + frame.width - chart_right) / 2, frame.height - 8, "title middle", x_title) +
+         str("<text transform=\"translate(15 ", chart_n((chart_top + frame.height - chart_bottom) / 2), ") rotate(-90)\" class=\"title middle\">", html_escape(y_title), "</text>\n");
 }
 
 std::string chart_x_tick(const ChartFrame& frame, double value, const std::string& text) {
-  return chart_line(frame.x(value), chart_top, frame.x(value), chart_height - chart_bottom, "grid") + chart_text(frame.x(value), chart_height - chart_bottom + 17, "tick middle", text);
+  return chart_line(frame.x(value), chart_top, frame.x(value), frame.height - chart_bottom, "grid") + chart_text(frame.x(value), frame.height - chart_bottom + 17, "tick middle", text);
 }
 
 std::string chart_y_tick(const ChartFrame& frame, double value, const std::string& text) {
-  return chart_line(chart_left, frame.y(value), chart_width - chart_right, frame.y(value), "grid") + chart_text(chart_left - 7, frame.y(value) + 4, "tick end", text);
+  return chart_line(chart_left, frame.y(value), frame.width - chart_right, frame.y(value), "grid") + chart_text(chart_left - 7, frame.y(value) + 4, "tick end", text);
 }
 
 int chart_digits(const std::vector<double>& ticks) {
@@ -82,7 +83,7 @@ std::string chart_labels(const std::vector<ScatterPoint>& points, const ChartFra
     std::size_t best = 0;
     for (std::size_t i = 0; i < places.size(); ++i) {
       const ChartBox box = {places[i].first, places[i].second - 11, places[i].first + width, places[i].second + 3};
-      const bool inside = box.x1 >= chart_left && box.x2 <= chart_width - 2 && box.y1 >= 2 && box.y2 <= chart_height - chart_bottom;
+      const bool inside = box.x1 >= chart_left && box.x2 <= frame.width - 2 && box.y1 >= 2 && box.y2 <= frame.height - chart_bottom;
       if (!inside || std::any_of(taken.begin(), taken.end(), [&](const ChartBox& o) { return o.meets(box); })) continue;
       best = i;
       break;
@@ -112,7 +113,7 @@ std::string svg_scatter(const std::vector<ScatterPoint>& points, const std::stri
   const double room = std::max((frame.y_high - frame.y_low) * 0.15, std::max(std::abs(frame.y_high), 1e-9) * 0.004);
   frame.y_low -= room;
   frame.y_high = share ? std::min(1.0 + room / 4, frame.y_high + room) : frame.y_high + room;
-  std::string svg = chart_open(str(y_title, " against ", x_title));
+  std::string svg = chart_open(frame, str(y_title, " against ", x_title));
   const auto y_ticks = chart_ticks(frame.y_low, frame.y_high, 6);
   for (const double tick : y_ticks) {
     if (share && tick > 1) continue;
@@ -126,7 +127,7 @@ std::string svg_scatter(const std::vector<ScatterPoint>& points, const std::stri
       svg += chart_x_tick(frame, tick, replace_all(replace_all(human_bytes(tick), ".00", ""), ".0", ""));
     }
   }
-  svg += chart_axes(x_title, y_title);
+  svg += chart_axes(frame, x_title, y_title);
   std::string path;
   for (const ScatterPoint& p : points) path += str(path.empty() ? "M" : " L", chart_n(frame.x(p.x)), " ", chart_n(frame.y(p.y)));
   svg += str("<path d=\"", path, "\" class=\"trail\"/>\n");
@@ -162,6 +163,8 @@ std::string svg_lines(const std::vector<Series>& series, const std::string& x_ti
   }
   if (drawn.empty()) return {};
   ChartFrame frame;
+  frame.width = 540;
+  frame.height = 300;
   frame.x_low = frame.x_high = drawn[0].points[0].first;
   frame.y_high = drawn[0].points[0].second;
   frame.y_low = std::min(0.0, frame.y_high);
@@ -175,11 +178,11 @@ std::string svg_lines(const std::vector<Series>& series, const std::string& x_ti
   }
   if (frame.x_high <= frame.x_low) frame.x_high = frame.x_low + 1;
   frame.y_high = frame.y_high > frame.y_low ? frame.y_low + (frame.y_high - frame.y_low) * 1.05 : frame.y_low + 1;
-  std::string svg = chart_open(str(y_title, " over ", x_title));
+  std::string svg = chart_open(frame, str(y_title, " over ", x_title));
   const auto y_ticks = chart_ticks(frame.y_low, frame.y_high, 5), x_ticks = chart_ticks(frame.x_low, frame.x_high, 7);
   for (const double tick : y_ticks) svg += chart_y_tick(frame, tick, fixed(tick, chart_digits(y_ticks)));
   for (const double tick : x_ticks) svg += chart_x_tick(frame, tick, fixed(tick, chart_digits(x_ticks)));
-  svg += chart_axes(x_title, y_title);
+  svg += chart_axes(frame, x_title, y_title);
   for (std::size_t i = 0; i < drawn.size(); ++i) {
     std::string path;
     for (const auto& [x, y] : drawn[i].points) path += str(path.empty() ? "M" : " L", chart_n(frame.x(x)), " ", chart_n(frame.y(y)));

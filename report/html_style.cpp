@@ -17,7 +17,7 @@ h2{font-size:18px;margin:0 0 4px;letter-spacing:-.01em}
 h3{font-size:14px;margin:18px 0 6px;color:var(--soft);font-weight:600}
 p{margin:6px 0}
 .meta{color:var(--soft);font-size:13px}
-.meta span:not(:last-child)::after{content:"·";margin:0 8px;color:var(--rule)}
+.meta span:not(:last-child)::after{content:"·";margin:0 8px;color:var(--grey)}
 .lead{color:var(--soft);font-size:13.5px;margin:0 0 12px}
 section,.tile{background:var(--card);border:1px solid var(--rule);border-radius:12px}
 section{padding:18px 20px 20px;margin:16px 0}
@@ -72,7 +72,7 @@ svg .trail{fill:none;stroke:var(--grey);stroke-width:1.4;stroke-dasharray:3 4;op
 svg .whisker{stroke:currentColor;stroke-width:1.5;opacity:.75}
 svg g circle{fill:currentColor;stroke:var(--card);stroke-width:1.5}
 svg g.teacher{color:var(--grey)}svg g.stage{color:var(--blue)}svg g.artifact{color:var(--accent)}
-svg.chart text.label{fill:var(--ink)}
+svg.chart text.label{fill:var(--ink);paint-order:stroke;stroke:var(--card);stroke-width:5px;stroke-linejoin:round}
 svg.chart text.label.artifact{fill:var(--accent);font-weight:700}
 svg .line{fill:none;stroke-width:1.6;stroke-linejoin:round}
 .line.c0{stroke:var(--c0);stroke-width:2.2}.line.c1{stroke:var(--c1)}.line.c2{stroke:var(--c2)}.line.c3{stroke:var(--c3)}.line.c4{stroke:var(--c4)}.line.c5{stroke:var(--c5)}

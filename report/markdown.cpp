@@ -59,9 +59,9 @@ std::string report_markdown(const Json& report) {
     text += "\n± is half the width of the 95% interval. Size is that of whole files; bits/weight counts all of their bytes.\n";
   }
   if (!report.at("gates").empty()) {
-    text += str("\n## Gates\n\n", markdown_row({"gate", "met", "left", "right", "note"}), "|---|---|--:|--:|---|\n");
+    text += str("\n## Gates\n\n", markdown_row({"gate", "met", "figures", "note"}), "|---|---|---|---|\n");
     for (const GateResult& gate : gates_from_json(report.at("gates"))) {
-      text += markdown_row({gate.text, gate.met ? "yes" : "NO", gate.left ? show_number(Unit::small_number, *gate.left) : "–", gate.right ? show_number(Unit::small_number, *gate.right) : "–", gate.note});
+      text += markdown_row({gate.text, gate.met ? "yes" : "NO", gate_figures(gate), gate.note});
     }
   }
   std::string predictions;

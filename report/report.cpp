@@ -84,11 +84,14 @@ void report_nulls(const Json& model, Json& entry, bool run_has_tasks, bool run_h
   entry["nulls"] = nulls;
 }
 
+// this / teacher. Time and energy of making a model have no counterpart; nor has a stage's memory, which is that of training.
 void report_ratios(const Json& teacher, Json& entry) {
   Json ratios = Json::object();
   for (const Metric& metric : metrics()) {
     const auto mine = number_at(entry, metric.name), theirs = number_at(teacher, metric.name);
-    if (mine && theirs && *theirs > 0 && (metric.unit != Unit::share)) ratios[metric.name] = *mine / *theirs;
+    const std::string name = metric.name;
+    if (name == "seconds" || name == "energy_joules" || (name == "peak_memory_bytes" && entry.contains("stage"))) continue;
+    if (mine && theirs && *theirs > 0 && metric.unit != Unit::share) ratios[metric.name] = *mine / *theirs;
   }
   entry["ratio_to_teacher"] = ratios;
 }
@@ -119,6 +122,19 @@ bool report_any(const Json& manifest, const char* group) {
   return false;
 }
 
+// A report shows the shape of a curve; metrics.jsonl keeps every step.
+void report_thin(Json& stage) {
+  constexpr std::size_t most = 400;
+  if (!find_json(stage, {"details", "loss_curve"})) return;
+  Json& curve = stage["details"]["loss_curve"];
+  if (!curve.is_array() || curve.size() <= most) return;
+  const std::size_t every = (curve.size() + most - 1) / most;
+  Json thin = Json::array();
+  for (std::size_t i = 0; i < curve.size(); i += every) thin.push_back(curve[i]);
+  if ((curve.size() - 1) % every != 0) thin.push_back(curve.back());
+  curve = thin;
+}
+
 Json report_stage(const Json& stage, const Json& teacher, bool tasks, bool texts, const std::string& place) {
   Json entry = {{"name", json_get<std::string>(stage, "name", place)}};
   report_copy(stage, entry, {"stage", "key", "reused"});
@@ -138,12 +154,14 @@ Json report_stage(const Json& stage, const Json& teacher, bool tasks, bool texts
   if (!teacher.is_null()) report_ratios(teacher, entry);
   entry["predicted"] = report_predictions(report_member(stage, "predicted", Json::value_t::object, place), entry);
   report_copy(stage, entry, {"outputs", "details"});
+  report_thin(entry);
   return entry;
 }
 
 // Loss curves of stages that carry none, from the events of metrics.jsonl. A torn last line (a killed run) is left out.
 void report_curves(const fs::path& file, Json& manifest) {
-  if (!fs::exists(file) || !manifest.contains("stages")) return;
+  const Json* stages = find_json(manifest, {"stages"});
+  if (!fs::exists(file) || !stages || !stages->is_array()) return;  // a wrong type is refused where the stages are read
   std::map<std::string, Json> curves;
   for (const std::string& line : split(read_text(file), '\n')) {
     const Json event = Json::parse(line, nullptr, false);
@@ -152,7 +170,7 @@ void report_curves(const fs::path& file, Json& manifest) {
     if (step && loss && event.contains("stage") && event["stage"].is_string()) curves[event["stage"].get<std::string>()].push_back({*step, *loss, Json::object()});
   }
   for (Json& stage : manifest["stages"]) {
-    if (find_json(stage, {"details", "loss_curve"})) continue;
+    if (!stage.is_object() || find_json(stage, {"details", "loss_curve"})) continue;
     const auto curve = curves.find(stage.value("name", ""));
     if (curve != curves.end()) stage["details"]["loss_curve"] = curve->second;
   }

@@ -10,24 +10,37 @@
 
 namespace kompakt {
 
-ModelTable model_table(const Json& report) {
+std::vector<const Json*> table_rows(const Json& report, bool costs) {
+  auto rows = model_rows(report);
+  if (!costs) std::erase_if(rows, [](const Json* row) { return !makes_model(*row); });
+  return rows;
+}
+
+ModelTable model_table(const Json& report, bool costs) {
   struct Column {
     const char* title;
-    const char* metric;  // nullptr: the ratio to the teacher
+    std::string_view metric;  // "": the ratio to the teacher
   };
-  static constexpr Column columns[] = {{"accuracy", "accuracy"}, {"macro-F1", "macro_f1"}, {"perplexity", "perplexity"}, {"KL", "kl"}, {"same top-1", "top1_agreement"}, {"size", "bytes"}, {"smaller", nullptr}, {"bits/weight", "bits_per_weight"}, {"latency", "latency_ms"}, {"time", "seconds"}, {"peak memory", "peak_memory_bytes"}};
+  static constexpr Column columns[] = {{"accuracy", "accuracy"}, {"macro-F1", "macro_f1"}, {"perplexity", "perplexity"}, {"KL", "kl"}, {"same top-1", "top1_agreement"}, {"size", "bytes"}, {"smaller", ""}, {"bits/weight", "bits_per_weight"}, {"latency", "latency_ms"}, {"tokens/s", "tokens_per_second"}, {"memory", "memory_in_use"}, {"made in", "seconds"}};
   ModelTable table;
   table.header = {"model"};
-  const auto rows = model_rows(report);
+  const auto rows = table_rows(report, costs);
   for (const Json* row : rows) {
     std::string name = row->value("name", "");
     if (row->value("reused", false)) name += " (reused)";
     table.rows.push_back({name});
   }
   for (const Column& column : columns) {
+    if (!costs && column.metric == "seconds") continue;
     std::vector<std::string> cells;
     for (const Json* row : rows) {
-      if (column.metric) {
+      if (column.metric == "memory_in_use") {
+        // Of using the model, never of making it: a stage keeps the two apart.
+        const auto memory = number_at(*row, row->contains("stage") ? "inference_peak_memory_bytes" : "peak_memory_bytes");
+        cells.push_back(memory ? show_number(Unit::bytes, *memory) : "–");
+        continue;
+      }
+      if (!column.metric.empty()) {
         cells.push_back(show_metric(*find_metric(column.metric), *row));
         continue;
       }
@@ -37,7 +50,7 @@ ModelTable model_table(const Json& report) {
     // A column that nothing fills says nothing.
     if (std::all_of(cells.begin(), cells.end(), [](const std::string& cell) { return cell == "–"; })) continue;
     table.header.emplace_back(column.title);
-    table.metrics.emplace_back(column.metric ? column.metric : "");
+    table.metrics.emplace_back(column.metric);
     for (std::size_t i = 0; i < cells.size(); ++i) table.rows[i].push_back(cells[i]);
   }
   return table;

@@ -42,11 +42,24 @@ std::vector<const Json*> model_rows(const Json& report) {
   return rows;
 }
 
+bool same_as_teacher(const Json& report, const Json& row) {
+  const Json* teacher = find_json(report, {"teacher"});
+  const Json *mine = find_json(row, {"path"}), *theirs = teacher ? find_json(*teacher, {"path"}) : nullptr;
+  return teacher != &row && mine && theirs && *mine == *theirs;
+}
+
+bool makes_model(const Json& row) {
+  for (const char* key : {"bytes", "parameters", "accuracy", "perplexity", "kl"}) {
+    if (number_at(row, key)) return true;
+  }
+  return false;
+}
+
 const Json* final_model(const Json& report) {
   if (const Json* artifact = find_json(report, {"artifact"})) return artifact;
   const Json* last = nullptr;
   for (const Json& stage : report.at("stages")) {
-    if (number_at(stage, "bytes") || number_at(stage, "accuracy") || number_at(stage, "perplexity")) last = &stage;
+    if (makes_model(stage)) last = &stage;
   }
   return last;
 }
@@ -113,14 +126,15 @@ std::vector<std::string> not_measured(const Json& report) {
       const Json* reason = find_json(*row, {"nulls", metric.name});
       if (!reason || !reason->is_string()) continue;
       const std::string text = reason->get<std::string>();
-      if (text == no_task_reason || text == no_text_reason || starts_with(text, "the teacher ") || text == "this stage makes no model" || text == "stated for each stage") continue;
+      if (text == no_task_reason || text == no_text_reason || starts_with(text, "the teacher ") || text == "this stage makes no model" || text == "stated for each stage" || (same_as_teacher(report, *row) && metric.needs != Metric::Needs::any)) continue;
       const std::string line = str(metric.title, ": ", text);
       auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == line; });
       if (group == groups.end()) group = groups.insert(groups.end(), {line, {}});
       group->second.push_back(row->value("name", ""));
     }
   }
-  const std::size_t all = model_rows(report).size();
+  std::size_t all = 0;
+  for (const Json* row : model_rows(report)) all += makes_model(*row);
   std::vector<std::string> lines;
   for (const auto& [line, names] : groups) lines.push_back(names.size() == all && all > 1 ? str(line, " (all models)") : str(line, " (", join(names, ", "), ")"));
   return lines;

@@ -21,6 +21,10 @@ std::vector<std::string> not_measured(const Json& report);
 
 // Teacher, stages with a model and artifact, in this order: the rows of a table.
 std::vector<const Json*> model_rows(const Json& report);
+// A stage whose folder is the teacher: the same point twice.
+bool same_as_teacher(const Json& report, const Json& row);
+// Anything but cost was stated: size or a score.
+bool makes_model(const Json& row);
 // The model that the run made: the artifact, else the last stage with a model, else nullptr.
 const Json* final_model(const Json& report);
 
