@@ -117,6 +117,7 @@ void AtomicFile::commit() {
 }
 
 AtomicFolder::AtomicFolder(fs::path path) : target_(std::move(path)) {
+  if (!target_.has_filename()) target_ = target_.parent_path();  // "out/" and "out" are the same folder
   if (target_.has_parent_path()) make_folder(target_.parent_path());
   temporary_ = temporary_name(target_);
   std::error_code ignored;

@@ -84,8 +84,19 @@ std::string did_you_mean(std::string_view given, std::span<const std::string> ca
   return match ? str("; did you mean \"", *match, "\"?") : std::string();
 }
 
+namespace {
+
+// from_chars takes no plus sign; what follows one must be a digit or a point, not a second sign.
+bool drop_plus(std::string_view& text) {
+  if (text.empty() || text.front() != '+') return true;
+  text.remove_prefix(1);
+  return !text.empty() && text.front() != '-' && text.front() != '+';
+}
+
+}  // namespace
+
 std::optional<std::int64_t> parse_int(std::string_view text) {
-  if (!text.empty() && text.front() == '+') text.remove_prefix(1);
+  if (!drop_plus(text)) return std::nullopt;
   std::int64_t value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size() || text.empty()) return std::nullopt;
@@ -93,7 +104,7 @@ std::optional<std::int64_t> parse_int(std::string_view text) {
 }
 
 std::optional<double> parse_double(std::string_view text) {
-  if (!text.empty() && text.front() == '+') text.remove_prefix(1);
+  if (!drop_plus(text)) return std::nullopt;
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size() || text.empty() || !std::isfinite(value)) return std::nullopt;
