@@ -25,9 +25,26 @@ void fields(FieldVisitor& visitor, DistillOptions& options);
 // A copy of the chosen layers of `teacher` with its embedding, norms and head.
 std::unique_ptr<Transformer> make_student(const Transformer& teacher, const StudentOptions& options);
 
+// What objectives need to know of the two models. Zero = not known yet (a recipe that is only being checked).
+struct ObjectiveShapes {
+  std::int64_t student_hidden = 0, teacher_hidden = 0;  // widths that differ get a learned projection, started orthogonal
+  bool decoder = false;                                 // logit losses then work from hidden states, in chunks of tokens
+  std::uint64_t seed = 0;                               // of the projections
+};
 // Objectives from a recipe's list. `layer_map[i]` = teacher layer (from 0) whose output student layer i must match.
-// Mistakes are collected with their places.
-std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const std::vector<std::int64_t>& layer_map, Problems& problems);
+// Mistakes are collected with their places. A layer map that is empty stands for "not known yet": layers are not checked.
+std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const std::vector<std::int64_t>& layer_map, Problems& problems, const ObjectiveShapes& shapes = {});
+ObjectiveShapes objective_shapes(const Transformer& student, const ModelConfig& teacher, std::uint64_t seed);
+// The list that stands for an absent one. Classifier: 0.5 x label cross entropy + T^2 KL at T = 2 + 10 x hidden MSE;
+// text: forward KL at T = 1, which is what evaluation measures.
+Node default_objective(bool classifier);
+// Kinds of objectives and their options, for `explain` and documentation: key, names of the rows, fields.
+struct ObjectiveKindInfo {
+  std::string key, summary;
+  std::vector<std::string> names;
+  std::vector<FieldInfo> fields;
+};
+std::vector<ObjectiveKindInfo> objective_kinds();
 // Student layer -> teacher layer: the last dropped layer that follows the copied one (the next kept layer sees its original input).
 std::vector<std::int64_t> default_layer_map(const std::vector<std::int64_t>& keep_layers, std::int64_t teacher_layers);
 

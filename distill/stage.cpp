@@ -1,0 +1,46 @@
+// The stage `distill`: options, objectives of the list (or the default one), the shared training loop.
+#include "distill/stage.h"
+
+#include <stdexcept>
+
+#include "core/error.h"
+#include "core/log.h"
+#include "core/text.h"
+
+namespace kompakt {
+
+void fields(FieldVisitor& visitor, DistillOptions& options) {
+  bool student = !options.student.keep_layers.empty();
+  visitor.section("student", student, "how the student is made from the teacher", [&](FieldVisitor& inner) {
+    inner.integers("keep_layers", options.student.keep_layers, "teacher layers that the student copies, from 0; empty = all", {.min = 0.0});
+  });
+  visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, labels");
+  fields(visitor, options.train);
+}
+
+TrainResult distill(Transformer& student, const DistillOptions& options, StageContext& context) {
+  if (!context.data) throw std::logic_error("distill: no data");
+  if (!context.teacher) throw Error("the stage distill needs a teacher").at(context.title).hint("name one under \"teacher:\" of the recipe");
+  if (options.train.label_smoothing > 0)
+    throw Error("label_smoothing of the stage distill would not be used").at(context.title).given(str(options.train.label_smoothing)).hint("write it into the objective: {labels: cross_entropy, label_smoothing: ...}");
+  const ModelConfig& teacher = context.teacher->config();
+  const std::vector<std::int64_t> map = default_layer_map(options.student.keep_layers, teacher.layers);
+  if (static_cast<std::int64_t>(map.size()) != student.config().layers)
+    throw std::logic_error(str("distill: the student has ", student.config().layers, " layers, keep_layers stands for ", map.size()));
+
+  const bool classifier = context.data->kind == TaskData::Kind::classification;
+  const Node list = options.objective.is_null() ? default_objective(classifier) : options.objective;
+  Problems problems;
+  const auto objectives = build_objectives(list, map, problems, objective_shapes(student, teacher, context.seed));
+  problems.throw_if_any("the objectives of the stage distill have mistakes");
+
+  if (context.details) {
+    (*context.details)["objective"] = to_json(list);
+    (*context.details)["keep_layers"] = options.student.keep_layers;
+    (*context.details)["layer_map"] = map;
+  }
+  log_info(str(context.title, ": ", student.config().layers, " of ", teacher.layers, " layers, ", list.items.size(), list.items.size() == 1 ? " objective" : " objectives"));
+  return train(student, options.train, objectives, {}, context);
+}
+
+}  // namespace kompakt

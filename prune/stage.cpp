@@ -1,0 +1,152 @@
+// The stage `prune`: importance, cut, refit, recovery; the shape it leads to; its part of the report.
+#include "prune/stage.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "core/error.h"
+#include "core/log.h"
+#include "core/text.h"
+#include "model/families.h"
+#include "prune/criteria.h"
+#include "prune/structured.h"
+#include "train/objective.h"
+
+namespace kompakt {
+namespace {
+
+constexpr std::int64_t stage_heat_bins = 32;
+
+// Mean importance of `bins` equal parts of the units, most important first, relative to the layer's mean: a row of the heat map.
+Json stage_heat_row(const at::Tensor& scores, std::int64_t bins) {
+  const at::Tensor sorted = std::get<0>(scores.to(at::kCPU, at::kDouble).sort(/*stable=*/true, /*dim=*/0, /*descending=*/true)).contiguous();
+  const double mean = sorted.mean().item<double>();
+  const std::int64_t n = sorted.numel(), parts = std::min(bins, n);
+  Json row = Json::array();
+  for (std::int64_t i = 0; i < parts; ++i) {
+    const double value = sorted.slice(0, i * n / parts, (i + 1) * n / parts).mean().item<double>();
+    row.push_back(mean > 0 ? value / mean : 0.0);
+  }
+  return row;
+}
+
+double stage_share_kept(const at::Tensor& scores, const std::vector<std::int64_t>& kept) {
+  const double all = scores.sum().item<double>();
+  return all > 0 ? scores.index_select(0, at::tensor(at::ArrayRef<std::int64_t>(kept), at::kLong)).sum().item<double>() / all : 1;
+}
+
+Json stage_importance(const PruneOptions& options, const UnitScores& scores, const std::vector<KeptUnits>& kept, std::size_t examples) {
+  Json out = Json::object();
+  out["criterion"] = options.criterion;
+  out["samples"] = examples;
+  out["ffn"] = Json::array();
+  out["heads"] = Json::array();
+  out["kept_heads"] = Json::array();
+  out["ffn_share_kept"] = Json::array();
+  out["heads_share_kept"] = Json::array();
+  for (std::size_t i = 0; i < kept.size(); ++i) {
+    out["ffn"].push_back(stage_heat_row(scores.ffn[i], stage_heat_bins));
+    Json heads = Json::array();
+    for (std::int64_t h = 0; h < scores.heads[i].numel(); ++h) heads.push_back(scores.heads[i][h].item<double>());
+    out["heads"].push_back(heads);
+    out["kept_heads"].push_back(kept[i].heads);
+    out["ffn_share_kept"].push_back(stage_share_kept(scores.ffn[i], kept[i].ffn));
+    out["heads_share_kept"].push_back(stage_share_kept(scores.heads[i], kept[i].heads));
+  }
+  return out;
+}
+
+void stage_cut(Transformer& model, const PruneOptions& options, StageContext& context) {
+  const StructuredOptions& structured = options.structured;
+  const ModelConfig before = model.config(), after = pruned_config(before, options);  // refuses before anything is computed
+  const Criterion* criterion = find_criterion(options.criterion);
+  if (!criterion) throw std::logic_error("prune: unknown criterion " + options.criterion);
+  for (const Linear* linear : model.linears())
+    if (linear->transform || linear->input_transform) throw std::logic_error(str("prune: a transform is attached to ", linear->name));
+  std::vector<TokenBatch> batches;
+  if (context.data) batches = measuring_batches(*context.data, options.samples, context.seed);
+  std::size_t examples = 0;
+  for (const TokenBatch& batch : batches) examples += static_cast<std::size_t>(batch.rows);
+
+  Json removed = Json::object();
+  if (structured.layers > 0) {
+    const std::vector<std::int64_t> gone = remove_layers(model, structured.layers, batches);
+    removed["layers"] = gone;
+    removed["depth"] = {before.layers, model.config().layers};
+    log_info(str(context.title, ": removed ", gone.size(), " of ", before.layers, " layers by block influence"));
+  }
+  if (after.ffn < before.ffn || after.heads < before.heads) {
+    const UnitScores scores = measure_units(*criterion, model, batches, context.seed);
+    const std::vector<KeptUnits> kept = choose_units(model, scores, after.ffn, {after.heads, after.kv_heads});
+    if (options.compensate == "ls") cut_units_with_refit(model, kept, batches);
+    else cut_units(model, kept);
+    removed["ffn"] = Json::array();
+    removed["heads"] = Json::array();
+    for (std::int64_t i = 0; i < model.config().layers; ++i) {
+      removed["ffn"].push_back({i, before.ffn, after.ffn});
+      removed["heads"].push_back({i, before.heads, after.heads});
+    }
+    if (after.kv_heads < before.kv_heads && before.kv_heads < before.heads) removed["kv_heads"] = {before.kv_heads, after.kv_heads};
+    if (context.details) (*context.details)["importance"] = stage_importance(options, scores, kept, examples);
+    log_info(str(context.title, ": feed-forward ", before.ffn, " -> ", after.ffn, ", heads ", before.heads, " -> ", after.heads, " (", options.criterion, ", ", examples, " examples)"));
+  }
+  if (after.heads < before.heads && after.family && after.family->encoder)
+    log_warning(str(context.title, ": ", after.heads, " heads of size ", after.head_dim, " do not make up the hidden size ", after.hidden, "; the Hugging Face class of this family cannot express that, so transformers will not load this checkpoint (kompakt does)"));
+  if (context.details) {
+    for (auto& [key, value] : removed.items()) (*context.details)["removed"][key] = value;
+    (*context.details)["parameters"] = {count_parameters(before).total, count_parameters(model.config()).total};
+  }
+}
+
+}  // namespace
+
+void fields(FieldVisitor& visitor, PruneOptions& options) {
+  visitor.section("structured", options.has_structured, "neurons, heads and layers that are really removed", [&](FieldVisitor& inner) {
+    inner.number("ffn", options.structured.ffn, "share of feed-forward neurons kept", {.min = 0.0, .max = 1.0, .open_min = true});
+    inner.number("heads", options.structured.heads, "share of attention heads kept; with grouped queries whole groups, or equally many heads of each", {.min = 0.0, .max = 1.0, .open_min = true});
+    inner.integer("layers", options.structured.layers, "layers to remove, by block influence", {.min = 0.0});
+  });
+  visitor.section("vocabulary", options.has_vocabulary, "rows of the embedding that no training text uses are removed, the tokenizer is rewritten", [&](FieldVisitor& inner) {
+    inner.integer("first_ids", options.vocabulary.first_ids, "keep all ids below this besides the used ones (vocabularies are sorted by frequency)", {.min = 0.0});
+  });
+  visitor.choice("criterion", options.criterion, "importance of a neuron or head", criterion_names());
+  visitor.integer("samples", options.samples, "training examples or calibration windows that importance is measured on", {.min = 1.0});
+  visitor.integer("multiple_of", options.multiple_of, "feed-forward widths are rounded to a multiple (256 suits all GGUF types)", {.min = 1.0});
+  visitor.choice("compensate", options.compensate, "refit of the weights that read the remaining units: least squares (ls), or none", {"none", "ls"});
+  visitor.section("recover", options.has_recover, "training after the cut", [&](FieldVisitor& inner) { fields(inner, options.recover); });
+  visitor.subtree("objective", options.objective, "objectives of the recovery, as in distill");
+}
+
+ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options) {
+  ModelConfig out = config;
+  if (!options.has_structured) return out;
+  const StructuredOptions& structured = options.structured;
+  if (structured.layers > 0 && structured.layers >= config.layers)
+    throw Error(str("removing ", structured.layers, " of ", config.layers, " layers leaves nothing")).at("structured.layers").given(str(structured.layers)).allowed(str("0 to ", config.layers - 1));
+  out.layers = config.layers - structured.layers;
+  for (std::vector<std::int64_t>* list : {&out.sliding_window, &out.no_rope})
+    if (!list->empty()) list->resize(static_cast<std::size_t>(out.layers));  // which layers go is known after measuring
+  out.ffn = plan_width(config.ffn, structured.ffn, options.multiple_of);
+  const HeadPlan heads = plan_heads(config.heads, config.kv_heads, structured.heads);
+  out.heads = heads.heads;
+  out.kv_heads = heads.kv_heads;
+  return out;
+}
+
+void prune(Transformer& model, const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context) {
+  if (options.has_structured) stage_cut(model, options, context);
+  if (!options.has_recover) {
+    if (!options.objective.is_null()) throw Error("the stage prune has an objective but no recovery that would use it").at(context.title).hint("add \"recover: {epochs: 1}\", or remove \"objective\"");
+    return;
+  }
+  std::vector<std::shared_ptr<Objective>> losses = objectives;
+  if (losses.empty()) losses.push_back(label_cross_entropy(options.recover.label_smoothing));
+  else if (options.recover.label_smoothing > 0) throw Error("label_smoothing of the recovery would not be used").at(context.title).given(str(options.recover.label_smoothing)).hint("write it into the objective: {labels: cross_entropy, label_smoothing: ...}");
+  const TrainResult result = train(model, options.recover, losses, {}, context);
+  if (context.details) (*context.details)["recovery"] = {{"steps", result.steps}, {"final_loss", result.final_loss}, {"seconds", result.seconds}};
+}
+
+}  // namespace kompakt
