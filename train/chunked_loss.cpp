@@ -14,9 +14,9 @@ constexpr std::int64_t chunk_elements = std::int64_t{1} << 24;  // logits of a c
 class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias,
-                            const at::Tensor& targets, double smoothing, bool gradients) {
+                            const at::Tensor& targets, double smoothing, bool gradients, std::int64_t chunk) {
     const std::int64_t tokens = hidden.size(0), vocabulary = weight.size(0);
-    const std::int64_t chunk = std::clamp<std::int64_t>(chunk_elements / vocabulary, 16, std::max<std::int64_t>(16, tokens));
+    if (chunk <= 0) chunk = std::max<std::int64_t>(chunk_elements / vocabulary, 16);
     const at::ScalarType wide = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     at::Tensor total = at::zeros({}, hidden.options().dtype(wide));
     at::Tensor hidden_gradient, weight_gradient, bias_gradient;
@@ -52,15 +52,15 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
     const auto saved = context->get_saved_variables();
     const at::Tensor& scale = outputs[0];
     const auto scaled = [&](const at::Tensor& gradient) { return gradient.defined() ? gradient * scale.to(gradient.scalar_type()) : at::Tensor(); };
-    return {scaled(saved[0]), scaled(saved[1]), scaled(saved[2]), at::Tensor(), at::Tensor(), at::Tensor()};
+    return {scaled(saved[0]), scaled(saved[1]), scaled(saved[2]), at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
 }  // namespace
 
-at::Tensor chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& targets, double label_smoothing) {
+at::Tensor chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& targets, double label_smoothing, std::int64_t chunk) {
   const bool gradients = at::GradMode::is_enabled() && (hidden.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad()));
-  return ChunkedCrossEntropy::apply(hidden, weight, bias, targets, label_smoothing, gradients);
+  return ChunkedCrossEntropy::apply(hidden, weight, bias, targets, label_smoothing, gradients, chunk);
 }
 
 HeadWeights head_weights(const Transformer& model) {
