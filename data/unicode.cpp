@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "core/text.h"
+#include "data/unicode_reference.h"
 
 namespace kompakt {
 namespace {
@@ -41,7 +42,7 @@ void append_lower(std::string& out, char32_t c) {
   } else if (c == 0x130) {
     out += "i\xCC\x87";
   } else {
-    append_utf8(out, static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(c))));
+    append_utf8(out, reference_lower_case(c));
   }
 }
 
@@ -56,7 +57,7 @@ bool is_numeric(char32_t c) {
   return category == UTF8PROC_CATEGORY_ND || category == UTF8PROC_CATEGORY_NL || category == UTF8PROC_CATEGORY_NO;
 }
 
-bool is_nonspacing_mark(char32_t c) { return c >= 0x300 && unicode_category(c) == UTF8PROC_CATEGORY_MN; }
+bool is_nonspacing_mark(char32_t c) { return reference_is_mark(c); }
 
 bool is_mark(char32_t c) {
   if (c < 0x300) return false;
@@ -64,15 +65,11 @@ bool is_mark(char32_t c) {
   return category == UTF8PROC_CATEGORY_MN || category == UTF8PROC_CATEGORY_MC || category == UTF8PROC_CATEGORY_ME;
 }
 
-bool is_other_category(char32_t c) {
-  const auto category = unicode_category(c);
-  return category == UTF8PROC_CATEGORY_CC || category == UTF8PROC_CATEGORY_CF || category == UTF8PROC_CATEGORY_CO;
-}
+bool is_other_category(char32_t c) { return reference_is_other(c); }
 
 bool is_bert_punctuation(char32_t c) {
   if (c < 0x80) return (c >= 33 && c <= 47) || (c >= 58 && c <= 64) || (c >= 91 && c <= 96) || (c >= 123 && c <= 126);
-  const auto category = unicode_category(c);
-  return category >= UTF8PROC_CATEGORY_PC && category <= UTF8PROC_CATEGORY_PO;
+  return reference_is_punctuation(c);
 }
 
 bool is_word_character(char32_t c) {
