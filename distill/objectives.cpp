@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <stdexcept>
 #include <numeric>
 #include <span>
 
@@ -108,6 +109,7 @@ class HiddenObjective final : public Objective {
   bool needs_teacher() const override { return true; }
   bool needs_logits() const override { return false; }
   void request_taps(std::set<std::string>& student, std::set<std::string>& teacher) const override {
+    if (layers_.empty() || map_.empty()) throw std::logic_error("hidden objective: built without a layer map");
     for (const std::int64_t layer : layers_) {
       student.insert(objective_tap(layer, "output"));
       teacher.insert(objective_tap(map_.at(static_cast<std::size_t>(layer)), "output"));
@@ -147,6 +149,7 @@ class RelationObjective final : public Objective {
   bool needs_teacher() const override { return true; }
   bool needs_logits() const override { return false; }
   void request_taps(std::set<std::string>& student, std::set<std::string>& teacher) const override {
+    if (teacher_layer_ < 0) throw std::logic_error("relation objective: built without a layer map");
     for (const char* part : parts_) {
       student.insert(objective_tap(layer_, part));
       teacher.insert(objective_tap(teacher_layer_, part));

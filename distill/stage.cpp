@@ -10,9 +10,10 @@
 namespace kompakt {
 
 void fields(FieldVisitor& visitor, DistillOptions& options) {
-  bool student = !options.student.keep_layers.empty();
+  bool student = !options.student.keep_layers.empty() || !options.student.layer_map.empty();
   visitor.section("student", student, "how the student is made from the teacher", [&](FieldVisitor& inner) {
     inner.integers("keep_layers", options.student.keep_layers, "teacher layers that the student copies, from 0; empty = all", {.min = 0.0});
+    inner.integers("layer_map", options.student.layer_map, "teacher layer whose output each student layer must match; empty = the last dropped layer behind each copied one", {.min = 0.0});
   });
   visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, labels");
   fields(visitor, options.train);
@@ -24,10 +25,12 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
   if (options.train.label_smoothing > 0)
     throw Error("label_smoothing of the stage distill would not be used").at(context.title).given(str(options.train.label_smoothing)).hint("write it into the objective: {labels: cross_entropy, label_smoothing: ...}");
   const ModelConfig& teacher = context.teacher->config();
-  const std::vector<std::int64_t> map = default_layer_map(options.student.keep_layers, teacher.layers);
+  const bool earlier = options.student.keep_layers.empty() && options.student.layer_map.empty() && !context.layer_map.empty();
+  const std::vector<std::int64_t> map = earlier ? context.layer_map : student_layer_map(options.student, teacher.layers);
   if (static_cast<std::int64_t>(map.size()) != student.config().layers)
     throw std::logic_error(str("distill: the student has ", student.config().layers, " layers, keep_layers stands for ", map.size()));
 
+  context.layer_map = map;
   const bool classifier = context.data->kind == TaskData::Kind::classification;
   const Node list = options.objective.is_null() ? default_objective(classifier) : options.objective;
   Problems problems;

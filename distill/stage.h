@@ -13,6 +13,7 @@ namespace kompakt {
 
 struct StudentOptions {
   std::vector<std::int64_t> keep_layers;  // teacher layers, from 0; empty = all
+  std::vector<std::int64_t> layer_map;    // teacher layer whose output each student layer must match; empty = default_layer_map
 };
 
 struct DistillOptions {
@@ -48,6 +49,10 @@ std::vector<ObjectiveKindInfo> objective_kinds();
 // Student layer -> teacher layer: the last dropped layer that follows the copied one (the next kept layer sees its original input).
 std::vector<std::int64_t> default_layer_map(const std::vector<std::int64_t>& keep_layers, std::int64_t teacher_layers);
 
+// The map of the options, checked against both models; the default rule where none is given.
+std::vector<std::int64_t> student_layer_map(const StudentOptions& options, std::int64_t teacher_layers);
+
+// Sets context.layer_map. Without keep_layers the student may be one of an earlier stage: its map, in the context, holds.
 TrainResult distill(Transformer& student, const DistillOptions& options, StageContext& context);
 
 }  // namespace kompakt

@@ -35,6 +35,16 @@ std::vector<std::int64_t> default_layer_map(const std::vector<std::int64_t>& kee
   return map;
 }
 
+std::vector<std::int64_t> student_layer_map(const StudentOptions& options, std::int64_t teacher_layers) {
+  std::vector<std::int64_t> map = default_layer_map(options.keep_layers, teacher_layers);
+  if (options.layer_map.empty()) return map;
+  if (options.layer_map.size() != map.size())
+    throw Error(str("layer_map has ", options.layer_map.size(), " entries for ", map.size(), " student layers")).at("student.layer_map").given(str(options.layer_map.size(), " entries")).allowed(str(map.size(), " teacher layers, one for each student layer"));
+  for (const std::int64_t layer : options.layer_map)
+    if (layer < 0 || layer >= teacher_layers) throw Error(str("layer_map names layer ", layer, ", which the teacher does not have")).at("student.layer_map").given(str(layer)).allowed(str("0 to ", teacher_layers - 1));
+  return options.layer_map;
+}
+
 std::unique_ptr<Transformer> make_student(const Transformer& teacher, const StudentOptions& options) {
   const std::int64_t layers = teacher.config().layers;
   student_check(options.keep_layers, layers);

@@ -62,7 +62,9 @@ std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, const
   if (list.is_null()) return {};
   Problems problems;
   std::vector<std::int64_t> map = run.context.layer_map;
-  auto objectives = build_objectives(list, map, problems);
+  if (map.empty()) map = default_layer_map({}, run.current.model->config().layers);  // no distillation before: layer i follows layer i
+  const ObjectiveShapes shapes = run.context.teacher ? objective_shapes(*run.current.model, run.context.teacher->config(), run.context.seed) : ObjectiveShapes{};
+  auto objectives = build_objectives(list, map, problems, shapes);
   problems.throw_if_any("the objective is not valid");
   return objectives;
 }
@@ -92,7 +94,7 @@ void run_distill(const Node& node, StageRun& run) {
   if (!options.student.keep_layers.empty()) {
     // Layers are counted in the teacher; the teacher's weights are where the student starts.
     run.current.model = make_student(*run.current.model, options.student);
-    run.context.layer_map = default_layer_map(options.student.keep_layers, before);
+    run.context.layer_map = student_layer_map(options.student, before);
   }
   distill(*run.current.model, options, run.context);
   run.current.quantized.clear();
@@ -117,6 +119,7 @@ void run_prune(const Node& node, StageRun& run) {
     const std::int64_t before = run.current.model->config().vocab;
     const std::vector<std::int64_t> kept = kept_vocabulary(*run.current.tokenizer, texts, options.vocabulary);
     restrict_vocabulary(*run.current.model, kept);
+    restrict_positions(*run.current.model, options.vocabulary.max_positions);
     run.current.tokenizer = run.current.tokenizer->restrict_to(kept);
     (*run.context.details)["removed"]["vocabulary"] = Json::array({before, run.current.model->config().vocab});
   }

@@ -4,7 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cmath>
+#include <set>
 #include <stdexcept>
 
 #include "core/error.h"
@@ -59,6 +59,25 @@ Json stage_importance(const PruneOptions& options, const UnitScores& scores, con
   return out;
 }
 
+// A layer that stays answers for the removed ones behind it as well: the next kept layer must see its original input.
+std::vector<std::int64_t> stage_layer_map(const std::vector<std::int64_t>& map, const std::vector<std::int64_t>& gone) {
+  std::vector<std::int64_t> out;
+  for (std::size_t i = 0; i < map.size(); ++i) {
+    if (std::find(gone.begin(), gone.end(), static_cast<std::int64_t>(i)) == gone.end()) out.push_back(map[i]);
+    else if (!out.empty()) out.back() = map[i];
+  }
+  return out;
+}
+
+// Objectives are made before the cut: those that look at layers would look at the wrong ones after some are gone.
+void stage_check_objectives(const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, const StageContext& context) {
+  if (!options.has_recover || !options.has_structured || options.structured.layers == 0) return;
+  std::set<std::string> student, teacher;
+  for (const auto& objective : objectives) objective->request_taps(student, teacher);
+  for (const std::string& tap : student)
+    if (starts_with(tap, "layer.")) throw Error("hidden and relation losses cannot be used in the recovery of a stage that removes layers: which ones go is not known yet").at(context.title).hint("recover with logits and labels, or in a stage distill of its own");
+}
+
 void stage_cut(Transformer& model, const PruneOptions& options, StageContext& context) {
   const StructuredOptions& structured = options.structured;
   const ModelConfig before = model.config(), after = pruned_config(before, options);  // refuses before anything is computed
@@ -74,6 +93,7 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
   Json removed = Json::object();
   if (structured.layers > 0) {
     const std::vector<std::int64_t> gone = remove_layers(model, structured.layers, batches);
+    if (!context.layer_map.empty()) context.layer_map = stage_layer_map(context.layer_map, gone);
     removed["layers"] = gone;
     removed["depth"] = {before.layers, model.config().layers};
     log_info(str(context.title, ": removed ", gone.size(), " of ", before.layers, " layers by block influence"));
@@ -111,6 +131,7 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
   });
   visitor.section("vocabulary", options.has_vocabulary, "rows of the embedding that no training text uses are removed, the tokenizer is rewritten", [&](FieldVisitor& inner) {
     inner.integer("first_ids", options.vocabulary.first_ids, "keep all ids below this besides the used ones (vocabularies are sorted by frequency)", {.min = 0.0});
+    inner.integer("max_positions", options.vocabulary.max_positions, "rows of learned position embeddings to keep: the longest text in tokens; 0 = all", {.min = 0.0});
   });
   visitor.choice("criterion", options.criterion, "importance of a neuron or head", criterion_names());
   visitor.integer("samples", options.samples, "training examples or calibration windows that importance is measured on", {.min = 1.0});
@@ -122,6 +143,7 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
 
 ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options) {
   ModelConfig out = config;
+  if (options.has_vocabulary && options.vocabulary.max_positions > 0 && config.family->learned_positions) out.max_positions = std::min(out.max_positions, options.vocabulary.max_positions);
   if (!options.has_structured) return out;
   const StructuredOptions& structured = options.structured;
   if (structured.layers > 0 && structured.layers >= config.layers)
@@ -137,6 +159,7 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
 }
 
 void prune(Transformer& model, const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context) {
+  stage_check_objectives(options, objectives, context);
   if (options.has_structured) stage_cut(model, options, context);
   if (!options.has_recover) {
     if (!options.objective.is_null()) throw Error("the stage prune has an objective but no recovery that would use it").at(context.title).hint("add \"recover: {epochs: 1}\", or remove \"objective\"");

@@ -19,6 +19,7 @@ struct StructuredOptions {
 
 struct VocabularyOptions {
   std::int64_t first_ids = 0;  // besides pieces that the training texts use: keep all ids below this (vocabularies are sorted by frequency)
+  std::int64_t max_positions = 0;  // rows of learned position embeddings to keep; 0 = all
 };
 
 struct PruneOptions {
@@ -45,5 +46,7 @@ void prune(Transformer& model, const PruneOptions& options, const std::vector<st
 // Vocabulary: sorted old ids that are kept; then the embedding cut to them. The tokenizer is cut by Tokenizer::restrict_to.
 std::vector<std::int64_t> kept_vocabulary(const Tokenizer& tokenizer, const std::vector<std::vector<std::int64_t>>& texts, const VocabularyOptions& options);
 void restrict_vocabulary(Transformer& model, const std::vector<std::int64_t>& kept);
+// Cuts learned position embeddings to the first `count` rows; 0 = all stay. Error for rotary models, where there is nothing to cut.
+void restrict_positions(Transformer& model, std::int64_t count);
 
 }  // namespace kompakt

@@ -82,4 +82,14 @@ void restrict_vocabulary(Transformer& model, const std::vector<std::int64_t>& ke
   config.vocab = static_cast<std::int64_t>(kept.size());
 }
 
+void restrict_positions(Transformer& model, std::int64_t count) {
+  const at::NoGradGuard no_grad;
+  if (count == 0) return;
+  ModelConfig& config = model.config();
+  if (!model.positions.defined()) throw Error("this model has no learned position embeddings that could be cut").at("vocabulary.max_positions").given(str(count)).hint("remove max_positions: rotary positions take no space");
+  if (count < 1 || count > config.max_positions) throw Error(str("the model has ", config.max_positions, " positions")).at("vocabulary.max_positions").given(str(count)).allowed(str("1 to ", config.max_positions));
+  model.positions = model.positions.detach().narrow(0, 0, count).clone();
+  config.max_positions = count;
+}
+
 }  // namespace kompakt
