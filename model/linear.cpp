@@ -2,6 +2,7 @@
 #include "model/linear.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/List.h>
 
 #include <stdexcept>
 
@@ -21,7 +22,11 @@ at::Tensor Embedding::effective_weight() const { return transform ? transform(we
 
 at::Tensor Embedding::forward(const at::Tensor& ids) const {
   // An id outside of the kept rows maps to -1, which at::embedding refuses.
-  return at::embedding(effective_weight(), row_map.defined() ? row_map.index_select(0, ids.reshape(-1)).view_as(ids) : ids);
+  const at::Tensor rows = row_map.defined() ? row_map.index_select(0, ids.reshape(-1)).view_as(ids) : ids;
+  const at::Tensor table = effective_weight();
+  // Shapes alone: at::embedding has no meta kernel outside of Python.
+  if (table.is_meta()) return at::index(table, {rows});
+  return at::embedding(table, rows);
 }
 
 void Embedding::compact(const at::Tensor& ids) {
