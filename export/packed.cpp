@@ -75,10 +75,10 @@ at::Tensor packed_decode(const SafetensorsFile& file, const std::string& name, c
   values.scales = as_tensor(packed_tensor(file, name + ".scales", folder)).to(at::kFloat);
   const std::int64_t group = entry.spec.group_for(entry.columns), groups = (entry.columns + group - 1) / group;
   if (values.scales.dim() != 2 || values.scales.size(0) != entry.rows || values.scales.size(1) != groups)
-    throw Error("the scales have the wrong shape").at(place).given(str(values.scales.sizes())).allowed(str("[", entry.rows, ", ", groups, "]"));
+    throw Error("the scales have the wrong shape").at(place).given(kompakt::str(values.scales.sizes())).allowed(str("[", entry.rows, ", ", groups, "]"));
   if (entry.spec.grid->asymmetric) {
     values.offsets = as_tensor(packed_tensor(file, name + ".offsets", folder)).to(at::kFloat);
-    if (values.offsets.sizes() != values.scales.sizes()) throw Error("the offsets have the wrong shape").at(place).given(str(values.offsets.sizes()));
+    if (values.offsets.sizes() != values.scales.sizes()) throw Error("the offsets have the wrong shape").at(place).given(kompakt::str(values.offsets.sizes()));
   }
   if (!at::isfinite(values.scales).all().item<bool>() || (values.offsets.defined() && !at::isfinite(values.offsets).all().item<bool>())) throw Error("a scale or an offset is not finite").at(place);
   if (codes.dtype != DType::u8) throw Error("the codes have the wrong type").at(place).given(std::string(name_of(codes.dtype))).allowed("U8");
@@ -148,7 +148,7 @@ std::unique_ptr<Transformer> reopen_packed(const fs::path& folder) {
       if (!at::isfinite(value).all().item<bool>()) throw Error("a weight is not finite").at(str((folder / "model.safetensors").string(), ": ", parameter.name));
     }
     if (value.sizes() != parameter.value->sizes())
-      throw Error(str("tensor \"", parameter.name, "\" has the wrong shape")).at((folder / "model.safetensors").string()).given(str(value.sizes())).allowed(str(parameter.value->sizes()));
+      throw Error(str("tensor \"", parameter.name, "\" has the wrong shape")).at((folder / "model.safetensors").string()).given(kompakt::str(value.sizes())).allowed(kompakt::str(parameter.value->sizes()));
     *parameter.value = value.clone();
   }
   Problems problems;

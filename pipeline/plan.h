@@ -9,6 +9,7 @@
 #include "core/json.h"
 #include "pipeline/recipe.h"
 #include "pipeline/task_data.h"
+#include "quantize/grids.h"
 
 namespace kompakt {
 

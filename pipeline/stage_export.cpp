@@ -1,5 +1,6 @@
 // The stage `export`: write, reopen with a separate reader, compare, and only then let the pipeline publish.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <cmath>

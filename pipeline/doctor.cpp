@@ -1,0 +1,106 @@
+// `kompakt doctor`: what this build stands on, what the machine has, and a self test of the kernels on each device present.
+#include <ATen/ATen.h>
+
+
+#include <cmath>
+#include <new>
+
+#include "core/files.h"
+#include "core/random.h"
+#include "core/system.h"
+#include "core/text.h"
+#include "distill/losses.h"
+#include "formats/hdf5_file.h"
+#include "pipeline/describe.h"
+#include "pipeline/device.h"
+#include "pipeline/plan.h"
+#include "pipeline/store.h"
+#include "pipeline/version.h"
+#include "quantize/grids.h"
+
+namespace kompakt {
+namespace {
+
+Json doctor_check(const std::string& name, bool passed, const std::string& note) { return Json{{"check", name}, {"passed", passed}, {"note", note}}; }
+
+// Every grid: what is packed and unpacked decodes to the same values, and the error on normal numbers is within the row's bound.
+Json doctor_grids() {
+  at::Tensor w = at::empty({8, 512}, at::kFloat);
+  const CounterRandom random(7, "doctor");
+  for (std::int64_t i = 0; i < w.numel(); ++i) w.data_ptr<float>()[i] = static_cast<float>(random.normal(static_cast<std::uint64_t>(i)));
+  std::vector<std::string> bad;
+  for (const Grid& grid : grids()) {
+    const GridSpec spec{&grid, grid.default_group};
+    const Quantized q = encode(spec, w);
+    Quantized back = q;
+    back.codes = grid.unpack(grid.pack(q.codes), w.size(0), w.size(1));
+    const at::Tensor decoded = decode(spec, q);
+    const double error = ((decoded - w).square().sum() / w.square().sum()).item<double>();
+    if (!at::equal(decoded, decode(spec, back)) || !(error <= grid.gaussian_error)) bad.emplace_back(grid.name);
+  }
+  return doctor_check(str(grids().size(), " grids: pack, unpack, error bound"), bad.empty(), bad.empty() ? "cpu" : "wrong: " + join(bad, ", "));
+}
+
+Json doctor_losses(const c10::Device device) {
+  const at::Tensor student = at::randn({5, 17}, at::kFloat).to(device), teacher = at::randn({5, 17}, at::kFloat).to(device);
+  std::vector<std::string> bad;
+  for (const LogitLoss& loss : logit_losses()) {
+    const double same = logit_loss(loss, teacher, teacher).item<double>();
+    const double other = logit_loss(loss, student, teacher).item<double>(), reference = logit_loss(loss, student.cpu().to(at::kDouble), teacher.cpu().to(at::kDouble)).item<double>();
+    if (std::abs(same) > 1e-5 || std::abs(other - reference) > 1e-4 * std::max(1.0, std::abs(reference))) bad.emplace_back(loss.name);
+  }
+  return doctor_check(str(logit_losses().size(), " losses against double precision"), bad.empty(), bad.empty() ? device.str() : "wrong: " + join(bad, ", "));
+}
+
+}  // namespace
+
+std::string version_text() {
+  return str("kompakt ", kompakt_version, " (stages revision ", stage_revision, ")\ntorch ", torch_version(), "\nHDF5 ", hdf5_version(), "\nCUDA ", cuda_available() ? "available" : "not available", "\n");
+}
+
+std::pair<std::string, ExitCode> describe_failure(const std::exception& error) {
+  if (const auto* torch_error = dynamic_cast<const c10::Error*>(&error)) {
+    const std::string text = torch_error->what_without_backtrace();
+    if (text.find("out of memory") != std::string::npos || text.find("can't allocate memory") != std::string::npos || text.find("not enough memory") != std::string::npos)
+      return {"out of memory\n  to do:   a smaller batch_size, or `kompakt plan` to see what a recipe needs", ExitCode::resource};
+    return {str("this is a bug in kompakt: ", text), ExitCode::bug};
+  }
+  return {str("this is a bug in kompakt: ", error.what()), ExitCode::bug};
+}
+
+Json doctor() {
+  Json out{{"version", kompakt_version}, {"torch", torch_version()}, {"processor", processor_name()}, {"cores", core_count()}, {"memory_bytes", physical_memory_bytes()}};
+  const std::filesystem::path store = store_folder("", ".");
+  std::error_code code;
+  std::filesystem::path existing = store;
+  while (!existing.empty() && !std::filesystem::exists(existing, code)) existing = existing.parent_path();
+  out["store"] = store.string();
+  out["free_disk_bytes"] = free_disk_bytes(existing);
+  out["gigaflops_float32"] = measure_gigaflops();
+  Json devices = Json::array({"cpu"});
+  if (cuda_available()) devices.push_back("cuda");
+  out["devices"] = devices;
+  Json checks = Json::array();
+  checks.push_back(doctor_grids());
+  checks.push_back(doctor_losses(c10::Device(c10::kCPU)));
+  if (cuda_available()) checks.push_back(doctor_losses(c10::Device(c10::kCUDA, 0)));
+  else checks.push_back(Json{{"check", "CUDA kernels"}, {"passed", nullptr}, {"note", "no CUDA device: nothing was run on a GPU"}});
+  bool healthy = true;
+  for (const Json& check : checks) healthy = healthy && (check.at("passed").is_null() || check.at("passed").get<bool>());
+  out["checks"] = checks;
+  out["healthy"] = healthy;
+  return out;
+}
+
+std::string doctor_text(const Json& f) {
+  std::string out = str("kompakt ", f.at("version").get<std::string>(), " with torch ", f.at("torch").get<std::string>(), "\n", f.at("processor").get<std::string>(), ", ", f.at("cores").get<int>(), " cores, ",
+                        human_bytes(f.at("memory_bytes").get<double>()), " memory, ", fixed(f.at("gigaflops_float32").get<double>(), 0), " GFLOP/s in float32\nstore ", f.at("store").get<std::string>(), ", ",
+                        human_bytes(f.at("free_disk_bytes").get<double>()), " free\n");
+  for (const Json& check : f.at("checks")) {
+    const Json& passed = check.at("passed");
+    out += str(passed.is_null() ? "  not run  " : passed.get<bool>() ? "  ok       " : "  FAILED   ", check.at("check").get<std::string>(), "  (", check.at("note").get<std::string>(), ")\n");
+  }
+  return out;
+}
+
+}  // namespace kompakt

@@ -1,0 +1,129 @@
+// The whole chain on a tiny model: it runs, reuses, resumes to the same bytes, and refuses to share a folder.
+#include <catch2/catch.hpp>
+
+#include <csignal>
+
+#include "core/error.h"
+#include "core/json.h"
+#include "core/system.h"
+#include "export/exporters.h"
+#include "pipeline/answer.h"
+#include "pipeline/plan.h"
+#include "pipeline/run.h"
+#include "tests/pipeline/tiny.h"
+#include "tests/support.h"
+
+using namespace kompakt;
+using namespace kompakt::testing;
+namespace fs = std::filesystem;
+
+TEST_CASE("the chain runs from teacher to proven artifact, and a second run does nothing", "[run]") {
+  TinySetting tiny;
+  const Recipe recipe = read_recipe(tiny.recipe());
+  const RunOutcome first = run_recipe(recipe, {.out = tiny.out("a")});
+  CHECK(first.code == ExitCode::ok);
+  CHECK_FALSE(first.did_nothing);
+  for (const char* file : {"recipe.yaml", "manifest.json", "metrics.jsonl", "report.json", "report.md", "report.html", "junit.xml", "artifact/model.safetensors", "artifact/config.json", "artifact/vocab.txt", "artifact/lineage.json",
+                           "02-distill/model.safetensors", "02-distill/config.json"}) {
+    INFO(file);
+    CHECK(fs::exists(tiny.out("a") / file));
+  }
+  const Json manifest = read_json(tiny.out("a") / "manifest.json");
+  CHECK(manifest.at("stages").size() == 5);
+  CHECK(manifest.at("artifact").at("tasks").at("test").at("n") == 45);
+  CHECK(manifest.at("stages").at(4).at("details").at("reopened_max_logit_difference").get<double>() <= 1e-5);
+  CHECK(manifest.at("artifact").at("bytes").get<std::int64_t>() < manifest.at("teacher").at("bytes").get<std::int64_t>());
+
+  const RunOutcome second = run_recipe(recipe, {.out = tiny.out("a")});
+  CHECK(second.did_nothing);
+  CHECK(second.report.at("artifact").at("tasks") == first.report.at("artifact").at("tasks"));
+
+  // Another run that changes only the quantization reuses what came before.
+  const RunOutcome other = run_recipe(read_recipe(tiny.recipe(), {"stages.quantize.weights=int8", "stages.quantize.method=rtn"}), {.out = tiny.out("b")});
+  const Json stages = read_json(tiny.out("b") / "manifest.json").at("stages");
+  CHECK(stages.at(0).at("reused").get<bool>());
+  CHECK(stages.at(2).at("reused").get<bool>());
+  CHECK_FALSE(stages.at(3).at("reused").get<bool>());
+  CHECK(other.code == ExitCode::ok);
+
+  // The artifact answers for itself.
+  const auto ranked = Classifier(tiny.out("a") / "artifact").classify("where is my card");
+  REQUIRE(ranked.size() == 3);
+  CHECK(ranked[0].probability >= ranked[1].probability);
+  double sum = 0;
+  for (const RankedLabel& label : ranked) sum += label.probability;
+  CHECK(sum == Approx(1.0).epsilon(1e-9));
+}
+
+TEST_CASE("same recipe and seed give the same artifact bytes; another seed does not", "[run]") {
+  TinySetting one, two;
+  run_recipe(read_recipe(one.recipe()), {.out = one.out("a")});
+  run_recipe(read_recipe(two.recipe()), {.out = two.out("a")});
+  CHECK(folder_bytes(one.out("a") / "artifact") == folder_bytes(two.out("a") / "artifact"));
+  run_recipe(read_recipe(two.recipe(), {"seed=6"}), {.out = two.out("b")});
+  CHECK(folder_bytes(two.out("a") / "artifact") != folder_bytes(two.out("b") / "artifact"));
+}
+
+TEST_CASE("an interrupted run goes on to the same bytes", "[run]") {
+  TinySetting whole, broken;
+  run_recipe(read_recipe(whole.recipe()), {.out = whole.out("a")});
+  request_interrupt(SIGTERM);
+  try {
+    run_recipe(read_recipe(broken.recipe()), {.out = broken.out("a")});
+    FAIL("the run should have stopped");
+  } catch (const Error& error) {
+    CHECK(error.code() == ExitCode::terminated);
+  }
+  CHECK_FALSE(fs::exists(broken.out("a") / "artifact"));
+  request_interrupt(0);
+  run_recipe(read_recipe(broken.recipe()), {.out = broken.out("a"), .resume = true});
+  CHECK(folder_bytes(whole.out("a") / "artifact") == folder_bytes(broken.out("a") / "artifact"));
+}
+
+TEST_CASE("two runs in one folder at once are refused", "[run]") {
+  TinySetting tiny;
+  const FolderLock lock(tiny.out("a"));
+  CHECK(contains_all(error_text([&] { run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("a")}); }), {"another kompakt", "--out"}));
+}
+
+TEST_CASE("gates decide the exit code", "[run]") {
+  TinySetting tiny;
+  tiny.write_recipe("\n  - finetune: {epochs: 0.1, batch_size: 8}\n  - export: {}\n  - evaluate: {latency: false}\n", "gates: [\"artifact.bytes <= 1\"]\n");
+  const RunOutcome outcome = run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("a")});
+  CHECK(outcome.code == ExitCode::gate);
+  CHECK(fs::exists(tiny.out("a") / "report.html"));
+}
+
+TEST_CASE("--until stops after a stage and leaves no artifact", "[run]") {
+  TinySetting tiny;
+  run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("a"), .until = "distill"});
+  CHECK(fs::exists(tiny.out("a") / "02-distill"));
+  CHECK_FALSE(fs::exists(tiny.out("a") / "03-prune"));
+  CHECK(contains_all(error_text([&] { run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("b"), .until = "prunee"}); }), {"prunee", "did you mean \"prune\""}));
+}
+
+TEST_CASE("plan carries shapes through all stages and computes nothing", "[plan]") {
+  TinySetting tiny;
+  const Recipe recipe = read_recipe(tiny.recipe());
+  const auto stages = predict_stages(recipe, load_data(recipe));
+  REQUIRE(stages.size() == 6);
+  CHECK(stages[1].parameters < stages[0].parameters);
+  CHECK(stages[2].parameters < stages[1].parameters);
+  CHECK(stages[4].bytes < stages[3].bytes / 2);
+  CHECK_FALSE(stages[3].formats.empty());
+  CHECK_FALSE(fs::exists(tiny.folder() / "store"));
+  // A predicted artifact size within a quarter of the real one.
+  run_recipe(recipe, {.out = tiny.out("a")});
+  const auto real = static_cast<double>(bytes_on_disk(tiny.out("a") / "artifact"));
+  const double lineage = static_cast<double>(fs::file_size(tiny.out("a") / "artifact" / "lineage.json"));
+  CHECK(std::abs(static_cast<double>(stages[4].bytes) - (real - lineage)) < 0.35 * real);
+}
+
+TEST_CASE("bad data is refused before any stage runs", "[run]") {
+  TinySetting tiny;
+  write_text(tiny.folder() / "test.csv", "text,category\nhello,unheard\n");
+  CHECK(contains_all(error_text([&] { run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("a")}); }), {"test.csv:2", "unheard"}));
+  write_text(tiny.folder() / "test.csv", "text,category\n");
+  CHECK(contains_all(error_text([&] { run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("a")}); }), {"test.csv"}));
+  CHECK_FALSE(fs::exists(tiny.out("a") / "artifact"));
+}
