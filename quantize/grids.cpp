@@ -30,13 +30,13 @@ constexpr float grid_shrink_coarse[] = {1.0f, 0.88f, 0.76f, 0.64f, 0.52f, 0.4f};
 template <int Low, int High, int Bits>
 struct GridCodes {
   static constexpr int low = Low, high = High;
-  static constexpr bool asymmetric = false, integer_zero = false;
+  static constexpr bool asymmetric = false, integer_zero = false, signed_scale = false;
   static constexpr CodeLayout layout{Packing::bits, Bits, Low, High};
 };
 
 struct TernaryCodes {
   static constexpr int low = -1, high = 1;
-  static constexpr bool asymmetric = false, integer_zero = false;
+  static constexpr bool asymmetric = false, integer_zero = false, signed_scale = false;
   static constexpr CodeLayout layout{Packing::trits, 2, -1, 1};
 };
 
@@ -55,6 +55,7 @@ struct AbsmaxGrid : GridCodes<-127, 127, 8> {
 
 template <int Low, int High, int Bits, bool BothSigns>
 struct UniformGrid : GridCodes<Low, High, Bits> {
+  static constexpr bool signed_scale = BothSigns;
   static GroupScale fit(FitScratch& group) {
     static constexpr bool rms = High - Low <= 3;
     UniformRule rule{Low, High, BothSigns, rms, grid_starts_fine, Bits <= 3 ? 8 : 3, grid::smallest_normal_half};
@@ -109,12 +110,43 @@ GroupScale grid_fit_checked(Fit&& fit, FitScratch& scratch, const float* w, cons
   return g;
 }
 
+// The two loops below are nearest_code and decode_value of grid_math.h in lanes, the same operations in the same order.
 KOMPAKT_LANES void grid_round_group(const float* w, std::int64_t n, float scale, float inverse, float offset, float low, float high, float* out) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = grid::decode_value(grid::nearest_code(w[i], inverse, offset, low, high), scale, offset);
+  Lanes bottom = {}, top = {};
+  bottom += low, top += high;
+  const float magic = 12582912.0f;
+  std::int64_t i = 0;
+  for (; i + lane_count <= n; i += lane_count) {
+    Lanes x;
+    KOMPAKT_LOAD(x, w + i);
+    x = (x + -offset) * inverse;
+    x = x > bottom ? x : bottom;
+    x = x < top ? x : top;
+    x = (x + magic) + -magic;
+    x = x * scale + offset;
+    KOMPAKT_STORE(out + i, x);
+  }
+  for (; i < n; ++i) out[i] = grid::decode_value(grid::nearest_code(w[i], inverse, offset, low, high), scale, offset);
 }
 
 KOMPAKT_LANES void grid_code_group(const float* w, std::int64_t n, float inverse, float offset, float low, float high, std::int8_t* out) {
-  for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<std::int8_t>(static_cast<int>(grid::nearest_code(w[i], inverse, offset, low, high)));
+  typedef std::int8_t ByteLanes __attribute__((vector_size(8)));
+  Lanes bottom = {}, top = {};
+  bottom += low, top += high;
+  const float magic = 12582912.0f;
+  std::int64_t i = 0;
+  for (; i + lane_count <= n; i += lane_count) {
+    Lanes x;
+    KOMPAKT_LOAD(x, w + i);
+    x = (x + -offset) * inverse;
+    x = x > bottom ? x : bottom;
+    x = x < top ? x : top;
+    x = (x + magic) + -magic;
+    const LaneMask integer = __builtin_convertvector(x, LaneMask);
+    const ByteLanes bytes = __builtin_convertvector(integer, ByteLanes);
+    __builtin_memcpy(out + i, &bytes, sizeof bytes);
+  }
+  for (; i < n; ++i) out[i] = static_cast<std::int8_t>(static_cast<int>(grid::nearest_code(w[i], inverse, offset, low, high)));
 }
 
 template <class Row>
@@ -227,7 +259,7 @@ template <class Row>
 Grid grid_row(const GridText& text) {
   return {text.name, text.summary, text.code_bits, Row::low, Row::high, Row::asymmetric, text.default_group, text.group_fixed, "f16", text.ggml_type,
           text.for_embeddings, text.gaussian_error, grid_encode<Row>, grid_codes_for<Row>, grid_pack<Row>, grid_unpack<Row>, grid_round<Row>, Row::layout,
-          Row::integer_zero};
+          Row::fit, Row::signed_scale, Row::integer_zero};
 }
 
 using Int4Grid = UniformGrid<-8, 7, 4, false>;

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "quantize/group_fit.h"
 #include "quantize/packing.h"
 
 namespace kompakt {
@@ -47,6 +48,9 @@ struct Grid {
   // decode(encode(w)) in one pass, for training.
   at::Tensor (*round)(const at::Tensor& w, std::int64_t group, const at::Tensor& importance);
   CodeLayout layout;          // how pack and unpack store the codes
+  // Scale and offset of one loaded group (group_fit.h), as encode finds them: for methods that work row by row.
+  GroupScale (*fit)(FitScratch& group);
+  bool signed_scale;          // a negative scale is part of the grid
   bool integer_zero;          // asymmetric: offset = -scale * z with an integer z in code_min..code_max (else a half-precision minimum)
 };
 

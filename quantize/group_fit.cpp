@@ -84,6 +84,76 @@ KOMPAKT_LANES void fit_prepare(const float* values, const float* weights, float*
   for (int i = 1; i < lane_count; ++i) minimum = low[i] < minimum ? low[i] : minimum, maximum = high[i] > maximum ? high[i] : maximum;
 }
 
+// Magnitudes in (low, high] to `kept` (which may be the input itself); no branches, no sums.
+std::int64_t fit_keep_between(const float* magnitudes, std::int64_t n, float low, float high, float* kept) {
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float m = magnitudes[i];
+    kept[count] = m;
+    count += static_cast<std::int64_t>(m > low) & static_cast<std::int64_t>(m <= high);
+  }
+  return count;
+}
+
+std::int64_t fit_keep_between(const float* magnitudes, const float* weights, std::int64_t n, float low, float high, float* kept, float* kept_weights) {
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float m = magnitudes[i], d = weights[i];
+    kept[count] = m, kept_weights[count] = d;
+    count += static_cast<std::int64_t>(m > low) & static_cast<std::int64_t>(m <= high);
+  }
+  return count;
+}
+
+// The two sums of the least-squares scale of a grid without offset, for nearest codes: sum d w q, sum d q^2.
+KOMPAKT_LANES void fit_scale_sums(const float* values, const float* weights, std::int64_t n, float inverse, float low, float high, double& wq, double& qq) {
+  Lanes bottom = {}, top = {};
+  bottom += low, top += high;
+  const float magic = 12582912.0f;
+  wq = qq = 0;
+  for (std::int64_t begin = 0; begin < n; begin += fit_chunk) {
+    const std::int64_t end = begin + fit_chunk < n ? begin + fit_chunk : n;
+    Lanes a = {}, b = {};
+    for (std::int64_t i = begin; i < end; i += lane_count) {
+      Lanes v, w;
+      KOMPAKT_LOAD(v, values + i);
+      KOMPAKT_LOAD(w, weights + i);
+      Lanes x = v * inverse;
+      x = x > bottom ? x : bottom;
+      x = x < top ? x : top;
+      const Lanes q = (x + magic) - magic;
+      const Lanes p = w * q;
+      a += p * v;
+      b += p * q;
+    }
+    wq += sum_lanes(a), qq += sum_lanes(b);
+  }
+}
+
+// sum d (w - scale q)^2 for nearest codes.
+KOMPAKT_LANES double fit_squared_error(const float* values, const float* weights, std::int64_t n, float scale, float inverse, float low, float high) {
+  Lanes bottom = {}, top = {};
+  bottom += low, top += high;
+  const float magic = 12582912.0f;
+  double sum = 0;
+  for (std::int64_t begin = 0; begin < n; begin += fit_chunk) {
+    const std::int64_t end = begin + fit_chunk < n ? begin + fit_chunk : n;
+    Lanes e = {};
+    for (std::int64_t i = begin; i < end; i += lane_count) {
+      Lanes v, w;
+      KOMPAKT_LOAD(v, values + i);
+      KOMPAKT_LOAD(w, weights + i);
+      Lanes x = v * inverse;
+      x = x > bottom ? x : bottom;
+      x = x < top ? x : top;
+      const Lanes r = v - ((x + magic) - magic) * scale;
+      e += w * r * r;
+    }
+    sum += sum_lanes(e);
+  }
+  return sum;
+}
+
 struct FitMoments {
   double wq = 0, qq = 0, w = 0, q = 0, error = 0;  // weighted sums for nearest codes
 };
@@ -154,11 +224,12 @@ float fit_ternary(FitScratch& group) {
   double low = group.magnitude_sum / group.weight_sum, high = group.largest;
   const double below = 1 - 1e-6, above = 1 + 1e-6;  // float sums err by less
   float low_threshold = 0, high_threshold = 0;
-  for (int round = 0; round < 6; ++round) {
+  for (int round = 0; round < 16; ++round) {
+    FitSums from_low, from_high;
     const int passes = round == 0 ? 3 : 2;
     for (int pass = 0; pass < passes; ++pass) {
       low_threshold = static_cast<float>(low / 2 * below), high_threshold = static_cast<float>(high / 2 * above);
-      FitSums from_low = certain, from_high = certain;
+      from_low = from_high = certain;
       if (group.weighted)
         fit_weighted_sums_above(magnitudes, weights, n, low_threshold, high_threshold, from_low, from_high);
       else
@@ -166,32 +237,22 @@ float fit_ternary(FitScratch& group) {
       if (from_low.weight > 0) low = std::max(low, from_low.product / from_low.weight);
       if (from_high.weight > 0) high = std::min(high, from_high.product / from_high.weight);
     }
-    low_threshold = static_cast<float>(low / 2 * below), high_threshold = static_cast<float>(high / 2 * above);
-    // Keep the undecided, book what lies above. A magnitude of weight 0 is never counted and may go either way.
-    std::int64_t kept = 0;
-    double product = 0, weight = 0;
-    float* active = group.active.data();
-    float* active_weights = group.active_weights.data();
-    for (std::int64_t i = 0; i < n; ++i) {
-      const float m = magnitudes[i], d = weights[i];
-      active[kept] = m;
-      active_weights[kept] = d;
-      kept += (m > low_threshold) & (m <= high_threshold);
-      const bool in = m > high_threshold;
-      product += in ? static_cast<double>(m) * d : 0.0;
-      weight += in ? static_cast<double>(d) : 0.0;
-    }
-    certain.product += product, certain.weight += weight;
+    // Keep the undecided; what lies above is booked. A magnitude of weight 0 is never counted and may go either way.
+    certain = from_high;
+    const std::int64_t kept = group.weighted ? fit_keep_between(magnitudes, weights, n, low_threshold, high_threshold, group.active.data(), group.active_weights.data())
+                                             : fit_keep_between(magnitudes, n, low_threshold, high_threshold, group.active.data());
     const std::int64_t before = n;
     n = (kept + lane_count - 1) / lane_count * lane_count;
-    for (std::int64_t i = kept; i < n; ++i) active[i] = 0, active_weights[i] = 0;
-    magnitudes = active, weights = active_weights;
-    if (kept <= 16 || n * 4 > before * 3) break;
+    for (std::int64_t i = kept; i < n; ++i) group.active[static_cast<std::size_t>(i)] = 0, group.active_weights[static_cast<std::size_t>(i)] = 0;
+    magnitudes = group.active.data();
+    if (group.weighted) weights = group.active_weights.data();
+    if (kept <= 4 || n == before) break;
   }
   group.sorted.clear();
   for (std::int64_t i = 0; i < n; ++i)
-    if (magnitudes[i] > 0) group.sorted.emplace_back(magnitudes[i], weights[i]);
-  std::sort(group.sorted.begin(), group.sorted.end(), [](const auto& a, const auto& b) { return a > b; });
+    if (magnitudes[i] > 0) group.sorted.emplace_back(magnitudes[i], group.weighted ? weights[i] : 1.0f);
+  const auto descending = [](const auto& a, const auto& b) { return a > b; };
+  if (group.sorted.size() > 1) std::sort(group.sorted.begin(), group.sorted.end(), descending);
   double best = certain.weight > 0 ? certain.product * certain.product / certain.weight : -1;
   double alpha = certain.weight > 0 ? certain.product / certain.weight : 0;
   double product = certain.product, weight = certain.weight;
@@ -207,36 +268,36 @@ float fit_uniform(FitScratch& group, const UniformRule& rule) {
   if (group.largest == 0) return 0;
   double best = std::numeric_limits<double>::infinity();
   float chosen = 0;
-  double squares = 0;
+  const float* values = group.values.data();
+  const float* weights = group.weights.data();
+  const float low = static_cast<float>(rule.low), high = static_cast<float>(rule.high);
+  double rms = 0;
   if (rule.from_rms) {
-    FitMoments m;
-    fit_moments(group.values.data(), group.weights.data(), group.padded, 0, 0, 0, 0, 0, m);
-    squares = std::sqrt(m.error / group.weight_sum);
-    if (squares == 0) squares = group.largest;
+    rms = std::sqrt(fit_squared_error(values, weights, group.padded, 0, 0, low, high) / group.weight_sum);
+    if (rms == 0) rms = group.largest;
   }
-  const auto moments = [&](float scale) {
-    FitMoments m;
-    fit_moments(group.values.data(), group.weights.data(), group.padded, scale, grid::inverse_scale(scale), 0, static_cast<float>(rule.low),
-                static_cast<float>(rule.high), m);
-    return m;
-  };
+  std::vector<float>& tried = group.active;  // free here: scales that earlier starts have reached
+  std::size_t tried_count = 0;
   for (int sign = 1; sign >= (rule.both_signs ? -1 : 1); sign -= 2) {
     // The smallest scale of this sign that clips nothing.
     const double up = sign > 0 ? group.maximum : -group.minimum, down = sign > 0 ? -group.minimum : group.maximum;
-    const double cover = rule.from_rms ? squares : std::max(up / rule.high, down / -rule.low);
+    const double cover = rule.from_rms ? rms : std::max(up / rule.high, down / -rule.low);
     for (const float start : rule.starts) {
       float scale = static_cast<float>(sign * cover * start);
-      FitMoments m;
       for (int i = 0; i < rule.iterations; ++i) {
-        m = moments(scale);
-        if (m.qq <= 0) break;
-        const float next = static_cast<float>(m.wq / m.qq);
+        double wq, qq;
+        fit_scale_sums(values, weights, group.padded, grid::inverse_scale(scale), low, high, wq, qq);
+        if (qq <= 0) break;
+        const float next = static_cast<float>(wq / qq);
         if (next == scale || next == 0 || (next < 0) != (sign < 0)) break;
         scale = next;
       }
       const float stored = grid::stored_scale(scale, rule.smallest);
-      m = moments(stored);
-      if (m.error < best) best = m.error, chosen = stored;
+      const auto end = tried.begin() + static_cast<std::ptrdiff_t>(tried_count);
+      if (std::find(tried.begin(), end, stored) != end) continue;
+      if (tried_count < tried.size()) tried[tried_count++] = stored;
+      const double error = fit_squared_error(values, weights, group.padded, stored, grid::inverse_scale(stored), low, high);
+      if (error < best) best = error, chosen = stored;
     }
   }
   return chosen;

@@ -1,6 +1,7 @@
 // The stage `quantize`: which tensors take which grid, by which method.
 #pragma once
 
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <string>
@@ -21,7 +22,8 @@ struct QuantizeOptions {
   std::int64_t embedding_group = -1;
   std::string method = "rtn";       // row of the table of methods: rtn | gptq | trifit | qad
   std::string head = "none";        // grid of the classifier, or "none"
-  std::vector<std::string> keep;    // patterns of tensors left in float
+  std::vector<std::string> keep_float;  // patterns of tensors left in float
+  std::string others = "f32";           // type of tensors without a grid: f32 | f16
   bool allow_fallback = false;      // where a row does not fit the group: take the fallback grid and list it
   std::string fallback = "int8";
   // gptq
@@ -30,8 +32,9 @@ struct QuantizeOptions {
   double teacher_target = 0;        // alpha of the teacher-activation target; 0 = off
   std::int64_t polish_rounds = 0;   // refit + coordinate descent
   std::int64_t calibration_sequences = 128;
+  std::string sweep_precision = "float32";  // of factorization and sweep: float32 | float64
   // qad
-  bool has_train = false;
+  double warmup_strength = 0;           // share of the steps over which quantization fades in
   TrainOptions train;
   Node objective;                   // as in distill; default: labels 0.2, forward_kl T=2
 };
@@ -51,7 +54,8 @@ struct QuantizedModel {
 };
 
 // Fake quantization during training: exact scales from the master weight at every step, straight-through gradient.
-std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan);
+// `warmup`: share of all steps over which the strength grows from 0 to 1 (weight + strength * (rounded - weight)).
+std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan, double warmup = 0);
 
 // Puts decoded weights into `model` (so that it computes what will be deployed) and returns codes and scales.
 // The objective list for method qad is built by the pipeline from options.objective and handed in.

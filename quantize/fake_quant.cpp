@@ -1,0 +1,94 @@
+// Fake quantization while training. The weight that computes is exactly decode(encode(master)), the same pair that the
+// exporter packs; scales are fitted anew from the master weight at every step, so nothing has to be learned about them.
+#include "quantize/fake_quant.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <stdexcept>
+
+#include "core/text.h"
+#include "quantize/tensors.h"
+
+namespace kompakt {
+namespace {
+
+struct StraightThrough : public torch::autograd::Function<StraightThrough> {
+  static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& weight, const at::Tensor& rounded) {
+    (void)weight;
+    return rounded.view_as(rounded);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list gradients) { return {gradients[0], at::Tensor()}; }
+};
+
+class FakeQuantization final : public Constraint {
+ public:
+  FakeQuantization(QuantizationPlan plan, double warmup) : plan_(std::move(plan)), warmup_(warmup) {}
+
+  std::string name() const override {
+    std::string text = "fake_quantization";
+    for (const auto& [tensor, spec] : plan_.tensors) text += str(" ", tensor, "=", spec.grid->name, ":", spec.group);
+    return warmup_ > 0 ? text + str(" warmup=", shortest(warmup_)) : text;
+  }
+
+  void attach(Transformer& model) override {
+    if (!slots_.empty()) throw std::logic_error("fake_quantization: attached twice");
+    for (const auto& [tensor, spec] : plan_.tensors) {
+      Slot& slot = slots_[tensor];
+      const QuantizableTensor found = find_quantizable(model, tensor);
+      slot.spec = spec;
+      slot.before = *found.transform;
+      // An earlier constraint (a mask) acts first: what it removes stays on the grid's zero.
+      *found.transform = [this, &slot](const at::Tensor& weight) { return apply(slot, slot.before ? slot.before(weight) : weight); };
+    }
+  }
+
+  void detach(Transformer& model) override {
+    for (auto& [tensor, slot] : slots_) *find_quantizable(model, tensor).transform = slot.before;
+    slots_.clear();
+  }
+
+  void before_forward(Transformer&, std::int64_t step, std::int64_t steps) override {
+    const double end = warmup_ * static_cast<double>(steps);
+    strength_ = end > 0 ? std::min(1.0, static_cast<double>(step + 1) / end) : 1.0;
+    forget();
+  }
+
+  void after_step(Transformer&) override {
+    strength_ = 1.0;  // whatever is evaluated between steps is the deployed model
+    forget();
+  }
+
+ private:
+  struct Slot {
+    GridSpec spec;
+    WeightTransform before;
+    at::Tensor rounded;  // of this step: micro batches share it
+  };
+
+  void forget() {
+    for (auto& [tensor, slot] : slots_) slot.rounded = at::Tensor();
+  }
+
+  at::Tensor apply(Slot& slot, const at::Tensor& weight) const {
+    if (!slot.rounded.defined()) {
+      at::NoGradGuard no_grad;
+      slot.rounded = round_to_grid(slot.spec, weight);
+      if (strength_ < 1) slot.rounded = weight + (slot.rounded - weight) * strength_;
+    }
+    return straight_through(weight, slot.rounded);
+  }
+
+  QuantizationPlan plan_;
+  double warmup_, strength_ = 1.0;
+  std::map<std::string, Slot> slots_;  // nodes of a map stay where they are: transforms hold references
+};
+
+}  // namespace
+
+at::Tensor straight_through(const at::Tensor& weight, const at::Tensor& rounded) { return weight.requires_grad() && at::GradMode::is_enabled() ? StraightThrough::apply(weight, rounded) : rounded; }
+
+std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan, double warmup) { return std::make_shared<FakeQuantization>(plan, warmup); }
+
+}  // namespace kompakt

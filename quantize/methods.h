@@ -1,0 +1,71 @@
+// The table of quantization methods, and the pure functions behind the rows: one weight matrix and the second moment of its
+// inputs in, codes and scales out. Where the statistics come from is quantize/hessian.h; the order of layers is the stage's.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "quantize/grids.h"
+
+namespace kompakt {
+
+struct LayerOptions {
+  double damping = 0.01;       // share of mean(diag H) added to the diagonal
+  bool act_order = true;
+  std::int64_t block = 128;    // columns per blocked update
+  bool float64 = false;
+  double teacher_target = 0;   // alpha
+  std::int64_t polish_rounds = 0;
+};
+
+struct LayerInput {
+  at::Tensor weight;   // [N,K] float32
+  at::Tensor hessian;  // [K,K] E[x x^T], inputs of the quantized prefix; float32 or float64; undefined for data-free methods
+  at::Tensor cross;    // [K,K] E[x~ x^T], x~ = the teacher's input; undefined = no teacher target
+};
+
+struct LayerResult {
+  Quantized quantized;
+  double damping = 0;        // share that the factorization needed
+  std::string path;          // "rtn", "cholesky", "cholesky, damping raised", "float64", "diagonal"
+  std::int64_t dead = 0;     // input columns that never fire
+  double sweep_loss = 0;     // sum of e_j^2 of the sweep: tr(E H E^T) of the damped H
+  std::vector<double> objective;  // tr(E H E^T) of the damped H before and after every polish step
+};
+
+LayerResult quantize_rtn(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
+// GPTQ (Frantar et al. 2022) with scales refitted on the compensated weights at the start of every group. With act_order
+// groups are visited by falling input energy and columns likewise inside a group, so that no index has to be stored.
+LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
+// GPTQ towards the teacher's activations, then polish.
+LayerResult quantize_trifit(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
+
+// Alternates two exact subproblems in the metric of H, row by row: joint least squares of all scales of a row, and cyclic
+// coordinate descent over its codes. The objective never rises. Ends with stored (half) scales and one descent under them.
+// `weight` is the target; `hessian` must be positive definite on its diagonal (damped).
+void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec& spec, std::int64_t rounds, Quantized& quantized, std::vector<double>& objective);
+
+// W + alpha W (C - H)(H + damping)^-1: the weight whose product with the quantized prefix's inputs comes closest to W times
+// the teacher's inputs.
+at::Tensor teacher_target(const LayerInput& input, double alpha, double damping);
+
+// tr(E H E^T) / tr(W H W^T) with E = W - decode(q).
+double output_error(const at::Tensor& weight, const at::Tensor& decoded, const at::Tensor& hessian);
+
+// U upper triangular with (H + damping)^-1 = U^T U, [K,K] in the type of `hessian`; undefined when the factorization fails.
+at::Tensor inverse_factor(const at::Tensor& hessian);
+
+struct QuantizationMethod {
+  std::string_view name, summary;
+  bool needs_calibration, needs_train;
+  LayerResult (*quantize)(const LayerInput&, const GridSpec&, const LayerOptions&);  // the final encode for trained methods
+};
+std::span<const QuantizationMethod> quantization_methods();
+const QuantizationMethod* find_quantization_method(std::string_view name);
+std::vector<std::string> quantization_method_names();
+
+}  // namespace kompakt

@@ -1,0 +1,136 @@
+// Options of the stage, and which tensor takes which grid. Nothing is changed quietly: what does not fit is an Error, or,
+// when the recipe asked for it, a named fallback that the report lists.
+#include <c10/core/Device.h>
+
+#include "core/error.h"
+#include "core/text.h"
+#include "quantize/methods.h"
+#include "quantize/stage.h"
+#include "quantize/tensors.h"
+
+namespace kompakt {
+namespace {
+
+std::vector<std::string> plan_names_or_none() {
+  std::vector<std::string> names = grid_names();
+  names.emplace_back("none");
+  return names;
+}
+
+// '*' stands for any run of characters.
+bool plan_matches(std::string_view pattern, std::string_view name) {
+  if (pattern.empty()) return name.empty();
+  if (pattern.front() == '*') return plan_matches(pattern.substr(1), name) || (!name.empty() && plan_matches(pattern, name.substr(1)));
+  return !name.empty() && pattern.front() == name.front() && plan_matches(pattern.substr(1), name.substr(1));
+}
+
+const Grid& plan_grid(const std::string& name, const char* key, Problems& problems) {
+  const Grid* grid = find_grid(name);
+  if (!grid) {
+    const auto names = grid_names();
+    problems.add(Error(str("unknown grid \"", name, "\"", did_you_mean(name, names))).at(str("quantize.", key)).given(name).allowed(join(names, ", ")));
+    return grids().front();
+  }
+  return *grid;
+}
+
+std::int64_t plan_group(const Grid& grid, std::int64_t asked, const char* key, Problems& problems) {
+  if (grid.group_fixed && asked >= 0 && asked != grid.default_group)
+    problems.add(Error(str("grid \"", grid.name, "\" has groups of ", grid.default_group)).at(str("quantize.", key)).given(str(asked)).allowed(str(grid.default_group)).hint("leave the key out"));
+  return grid.group_fixed || asked < 0 ? grid.default_group : asked;
+}
+
+std::string plan_divisors(std::int64_t columns) {
+  std::vector<std::string> out;
+  for (const std::int64_t group : {32, 64, 128, 256})
+    if (columns % group == 0) out.push_back(str(group));
+  out.emplace_back("0 (whole row)");
+  return join(out, ", ");
+}
+
+}  // namespace
+
+void fields(FieldVisitor& visitor, QuantizeOptions& options) {
+  visitor.choice("weights", options.weights, "grid of all linear layers in blocks", grid_names());
+  visitor.integer("group", options.group, "weights that share a scale; 0 = a whole row, -1 = the grid's own", {.min = -1, .max = 1 << 20});
+  visitor.choice("embedding", options.embedding, "grid of the token embedding (and of the head that shares it)", plan_names_or_none());
+  visitor.integer("embedding_group", options.embedding_group, "weights of the embedding that share a scale; 0 = a whole row, -1 = the grid's own", {.min = -1, .max = 1 << 20});
+  visitor.choice("method", options.method, "how codes and scales are found", quantization_method_names());
+  visitor.choice("head", options.head, "grid of the classifier, the pooler and an untied output layer", plan_names_or_none());
+  visitor.texts("keep_float", options.keep_float, "names of tensors left in float; * stands for anything");
+  visitor.flag("allow_fallback", options.allow_fallback, "where a row does not divide into groups, take the fallback grid and list it in the report");
+  visitor.choice("fallback", options.fallback, "grid of tensors that do not divide into groups", grid_names());
+  visitor.number("damping", options.damping, "share of the mean diagonal added to the Hessian", {.min = 0, .max = 10});
+  visitor.flag("act_order", options.act_order, "process groups and columns in the order of their input energy; groups stay where they are");
+  visitor.number("teacher_target", options.teacher_target, "strength of the teacher's activations as target, 0 to 1; 0 = off, trifit takes 0.5 when 0", {.min = 0, .max = 1});
+  visitor.integer("polish_rounds", options.polish_rounds, "rounds of scale refit and coordinate descent after the sweep; trifit takes 4 when 0", {.min = 0, .max = 100});
+  visitor.integer("calibration_sequences", options.calibration_sequences, "training examples or text windows that the method looks at", {.min = 1});
+  visitor.choice("others", options.others, "type of tensors without a grid", {"f32", "f16"});
+  visitor.choice("sweep_precision", options.sweep_precision, "number type of factorization and sweep", {"float32", "float64"});
+  visitor.number("warmup_strength", options.warmup_strength, "method qad: share of the steps over which quantization fades in", {.min = 0, .max = 1});
+  visitor.subtree("objective", options.objective, "method qad: list of losses, as in distill");
+  fields(visitor, options.train);  // method qad
+}
+
+QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOptions& options) {
+  Problems problems;
+  QuantizationPlan plan;
+  const Grid& weights = plan_grid(options.weights, "weights", problems);
+  const std::int64_t weights_group = plan_group(weights, options.group, "group", problems);
+  const bool embedding = options.embedding != "none", head = options.head != "none";
+  const Grid& embedding_grid = embedding ? plan_grid(options.embedding, "embedding", problems) : weights;
+  const std::int64_t embedding_group = embedding ? plan_group(embedding_grid, options.embedding_group, "embedding_group", problems) : 0;
+  const Grid& head_grid = head ? plan_grid(options.head, "head", problems) : weights;
+  const Grid& fallback = plan_grid(options.fallback, "fallback", problems);
+  const QuantizationMethod* method = find_quantization_method(options.method);
+  if (!method) {
+    const auto names = quantization_method_names();
+    problems.add(Error(str("unknown method \"", options.method, "\"", did_you_mean(options.method, names))).at("quantize.method").given(options.method).allowed(join(names, ", ")));
+  }
+  problems.throw_if_any("the quantize stage cannot be planned");
+
+  Transformer shape(config, 0, c10::Device(c10::kMeta));
+  std::vector<bool> used(options.keep_float.size(), false);
+  for (const QuantizableTensor& tensor : quantizable_tensors(shape)) {
+    bool kept = false;
+    for (std::size_t i = 0; i < options.keep_float.size(); ++i) {
+      if (!plan_matches(options.keep_float[i], tensor.name) && !plan_matches(options.keep_float[i], tensor.name + ".weight")) continue;
+      kept = used[i] = true;
+    }
+    GridSpec spec;
+    const char* key = "weights";
+    if (tensor.role == QuantizableRole::linear) spec = {&weights, weights_group};
+    if (tensor.role == QuantizableRole::embedding && embedding) spec = {&embedding_grid, embedding_group}, key = "embedding";
+    if (tensor.role == QuantizableRole::head && head) spec = {&head_grid, head_grid.default_group}, key = "head";
+    if (!spec.grid || kept) continue;
+    const std::int64_t columns = tensor.weight->size(1), group = spec.group_for(columns);
+    if (columns % group != 0) {
+      const GridSpec other{&fallback, fallback.default_group};
+      if (!options.allow_fallback) {
+        problems.add(Error(str(tensor.name, " has rows of ", columns, " weights, which do not divide into groups of ", group, " (grid \"", spec.grid->name, "\")"))
+                         .at(str("quantize.", key))
+                         .given(str(spec.grid->name, ", group ", group))
+                         .allowed(str("groups of ", plan_divisors(columns)))
+                         .hint(str("choose another group or grid, or set allow_fallback: true to store such tensors as ", options.fallback)));
+        continue;
+      }
+      if (columns % other.group_for(columns) != 0) {
+        problems.add(Error(str(tensor.name, ": the fallback grid \"", fallback.name, "\" does not fit rows of ", columns, " either")).at("quantize.fallback").given(options.fallback).allowed("a grid with groups of whole rows, such as int8"));
+        continue;
+      }
+      plan.fallbacks.push_back(str(tensor.name, ": rows of ", columns, " do not divide into groups of ", group, ", stored as ", fallback.name, " instead of ", spec.grid->name));
+      spec = other;
+    }
+    plan.tensors[tensor.name] = spec;
+  }
+  for (std::size_t i = 0; i < used.size(); ++i) {
+    if (used[i]) continue;
+    std::vector<std::string> names;
+    for (const QuantizableTensor& tensor : quantizable_tensors(shape)) names.push_back(tensor.name);
+    problems.add(Error(str("no tensor of the model matches \"", options.keep_float[i], "\"", did_you_mean(options.keep_float[i], names))).at("quantize.keep_float").given(options.keep_float[i]).allowed("names such as " + names[names.size() / 2] + "; * stands for anything"));
+  }
+  problems.throw_if_any("the quantize stage does not fit the model");
+  return plan;
+}
+
+}  // namespace kompakt

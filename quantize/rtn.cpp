@@ -1,0 +1,36 @@
+// Round to nearest: the data-free method and the last step of quantization-aware training; and the table of methods.
+#include "quantize/methods.h"
+
+namespace kompakt {
+
+LayerResult quantize_rtn(const LayerInput& input, const GridSpec& spec, const LayerOptions&) {
+  LayerResult result;
+  result.quantized = encode(spec, input.weight);
+  result.path = "rtn";
+  return result;
+}
+
+std::span<const QuantizationMethod> quantization_methods() {
+  // gptq is the same function with no rounds and no target unless the recipe asks for them.
+  static constexpr QuantizationMethod table[] = {
+      {"rtn", "round to nearest with the grid's own fit; no data", false, false, quantize_rtn},
+      {"gptq", "column by column, each rounding error compensated by the columns to come; needs calibration data", true, false, quantize_trifit},
+      {"trifit", "gptq towards the teacher's activations, then joint scale refit and coordinate descent over the codes", true, false, quantize_trifit},
+      {"qad", "quantization-aware distillation: training on the grid itself with straight-through gradients", false, true, quantize_rtn},
+  };
+  return table;
+}
+
+const QuantizationMethod* find_quantization_method(std::string_view name) {
+  for (const QuantizationMethod& row : quantization_methods())
+    if (row.name == name) return &row;
+  return nullptr;
+}
+
+std::vector<std::string> quantization_method_names() {
+  std::vector<std::string> names;
+  for (const QuantizationMethod& row : quantization_methods()) names.emplace_back(row.name);
+  return names;
+}
+
+}  // namespace kompakt

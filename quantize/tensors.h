@@ -1,0 +1,24 @@
+// The matrices of a model that a grid can take: linears of blocks, classifier, head, token embedding. By name.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "model/transformer.h"
+
+namespace kompakt {
+
+enum class QuantizableRole { linear, embedding, head };  // head: classifier, pooler, untied output over the vocabulary
+
+struct QuantizableTensor {
+  std::string name;
+  QuantizableRole role = QuantizableRole::linear;
+  at::Tensor* weight = nullptr;         // [N,K]; the whole table of an embedding is model.tokens.full_weight()
+  WeightTransform* transform = nullptr;
+};
+
+std::vector<QuantizableTensor> quantizable_tensors(Transformer& model);
+// std::logic_error when the model has no such matrix: plans are made from the model's own names.
+QuantizableTensor find_quantizable(Transformer& model, const std::string& name);
+
+}  // namespace kompakt
