@@ -153,6 +153,8 @@ class PipelineTokenizer : public Tokenizer {
   void save(const std::filesystem::path& folder) const override { save_description(description_, folder); }
   std::string chat_template() const override { return description_.chat_template; }
   std::string fingerprint() const override;
+  const TokenizerDescription* description() const override { return &description_; }
+  void save_compact(const std::filesystem::path& folder) const override;
 
  private:
   void encode_plain(std::string text, bool at_start, std::vector<std::int64_t>& ids) const {
@@ -214,6 +216,16 @@ std::unique_ptr<Tokenizer> PipelineTokenizer::restrict_to(std::span<const std::i
   for (const SpecialTokenRow& row : special_token_rows) cut.special.*row.member = renew(description_.special.*row.member);
   cut.chat_template = description_.chat_template;
   return build_tokenizer(std::move(cut));
+}
+
+void PipelineTokenizer::save_compact(const std::filesystem::path& folder) const {
+  save(folder);
+  if (description_.model != SubwordKind::wordpiece || !std::filesystem::exists(folder / "vocab.txt")) return;
+  // vocab.txt says it all for the usual WordPiece tokenizer; where it does not, tokenizer.json stays.
+  const TemporaryFolder trial;
+  for (const char* name : {"vocab.txt", "tokenizer_config.json"}) std::filesystem::copy_file(folder / name, trial.path() / name);
+  if (load_tokenizer(trial.path())->fingerprint() != fingerprint()) return;
+  for (const char* name : {"tokenizer.json", "special_tokens_map.json"}) std::filesystem::remove(folder / name);
 }
 
 std::string PipelineTokenizer::fingerprint() const {

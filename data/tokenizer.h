@@ -13,6 +13,7 @@
 namespace kompakt {
 
 class GgufFile;
+struct TokenizerDescription;
 
 struct SpecialTokens {  // -1 = the tokenizer has none
   std::int64_t bos = -1, eos = -1, pad = -1, unk = -1, cls = -1, sep = -1, mask = -1;
@@ -44,6 +45,8 @@ class Tokenizer {
   virtual void save_compact(const std::filesystem::path& folder) const { save(folder); }
   // Chat template text (Jinja) or "" when none.
   virtual std::string chat_template() const = 0;
+  // What it is made of, for writers of other formats; null when the implementation has none.
+  virtual const TokenizerDescription* description() const { return nullptr; }
   // SHA-256 over kind, vocabulary, merges and special tokens: equal for equal tokenizers, whatever file they came from.
   virtual std::string fingerprint() const = 0;
 };

@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "core/text.h"
 #include "data/tokenizer_description.h"
+#include "data/tokenizer_gguf.h"
 #include "data/unicode.h"
 #include "formats/gguf.h"
 
@@ -236,6 +237,87 @@ std::unique_ptr<Tokenizer> tokenizer_from_gguf(const GgufFile& file) {
     return build_tokenizer(std::move(description));
   }
   throw Error(str("the tokenizer model \"", model, "\" of the file is not supported")).at(description.place).allowed("bert, gpt2, llama");
+}
+
+namespace {
+
+// Patterns that a pre-tokenizer of tokenizer.json cuts by, in the form of the rows above; false when it has other parts.
+bool gguf_patterns(const Json& part, std::vector<std::string>& patterns, bool& gpt2) {
+  if (part.is_null()) return false;
+  const std::string type = part.value("type", "");
+  if (type == "Sequence") {
+    for (const Json& inner : part.at("pretokenizers"))
+      if (!gguf_patterns(inner, patterns, gpt2)) return false;
+    return true;
+  }
+  if (type == "ByteLevel") {
+    gpt2 = gpt2 || part.value("use_regex", true);
+    return !part.value("add_prefix_space", false);
+  }
+  if (type == "Digits" && part.value("individual_digits", false)) return patterns.push_back(R"(\p{N})"), true;
+  if (type == "Split" && part.contains("pattern") && part.at("pattern").contains("Regex")) return patterns.push_back(part.at("pattern").at("Regex").get<std::string>()), true;
+  return false;
+}
+
+std::string gguf_pre_name(const TokenizerDescription& description) {
+  std::vector<std::string> patterns;
+  bool gpt2 = false;
+  const bool nfc = !description.normalizer.is_null() && description.normalizer.value("type", "") == "NFC";
+  if (gguf_patterns(description.pre_tokenizer, patterns, gpt2))
+    for (const GgufPreRow& row : gguf_pre_rows())
+      if (row.patterns == patterns && row.gpt2 == gpt2 && row.nfc == nfc && row.ignore_merges == description.bpe.ignore_merges) return row.name;
+  throw Error("the pre-tokenizer of this tokenizer has no name in GGUF").at(description.place).given(description.pre_tokenizer.dump()).hint("export to another format, or start from a model whose tokenizer llama.cpp knows");
+}
+
+}  // namespace
+
+std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer_metadata(const Tokenizer& tokenizer, std::int64_t rows) {
+  const TokenizerDescription* description = tokenizer.description();
+  if (!description) throw Error("this tokenizer cannot be written to GGUF");
+  if (description->model == SubwordKind::wordpiece) throw Error("WordPiece tokenizers are not written to GGUF").at(description->place).hint("take format kompakt for encoders");
+  const bool byte_fallback = description->bpe.byte_fallback;
+  const std::int64_t size = std::max(tokenizer.vocab_size(), rows);
+  std::vector<std::string> tokens;
+  std::vector<std::int64_t> types(static_cast<std::size_t>(size), gguf_normal);
+  for (std::int64_t id = 0; id < size; ++id) {
+    tokens.emplace_back(id < tokenizer.vocab_size() ? tokenizer.token(id) : std::string_view());
+    if (tokens.back().empty()) tokens.back() = str("[PAD", id, "]"), types[static_cast<std::size_t>(id)] = gguf_unused;
+  }
+  for (const AddedToken& token : description->added) types[static_cast<std::size_t>(token.id)] = token.special ? gguf_control : gguf_user_defined;
+  if (byte_fallback) {
+    for (int byte = 0; byte < 256; ++byte)
+      if (const auto id = tokenizer.id_of(byte_fallback_token(static_cast<unsigned char>(byte)))) types[static_cast<std::size_t>(*id)] = gguf_byte;
+    if (tokenizer.special().unk >= 0) types[static_cast<std::size_t>(tokenizer.special().unk)] = gguf_unknown;
+  }
+  std::vector<BpeMerge> merges = description->merges;
+  std::stable_sort(merges.begin(), merges.end(), [](const BpeMerge& a, const BpeMerge& b) { return a.rank < b.rank; });
+  std::vector<std::pair<std::string, GgufValue>> out = {{"tokenizer.ggml.model", GgufValue::text(byte_fallback ? "llama" : "gpt2")}};
+  out.emplace_back("tokenizer.ggml.pre", GgufValue::text(byte_fallback ? "default" : gguf_pre_name(*description)));
+  out.emplace_back("tokenizer.ggml.tokens", GgufValue::texts(tokens));
+  if (byte_fallback) {
+    // The order of the merges' results is all that a SentencePiece score says.
+    std::vector<double> scores(static_cast<std::size_t>(size), 0);
+    double next = -1;
+    for (const BpeMerge& merge : merges)
+      if (double& score = scores[static_cast<std::size_t>(merge.result)]; score == 0) score = next--;
+    out.emplace_back("tokenizer.ggml.scores", GgufValue::floats(scores));
+  }
+  out.emplace_back("tokenizer.ggml.token_type", GgufValue::int32s(types));
+  if (!byte_fallback) {
+    std::vector<std::string> lines;
+    for (const BpeMerge& merge : merges) lines.push_back(str(description->vocabulary.text(merge.left), " ", description->vocabulary.text(merge.right)));
+    out.emplace_back("tokenizer.ggml.merges", GgufValue::texts(lines));
+  }
+  const SpecialTokens& special = tokenizer.special();
+  const std::pair<const char*, std::int64_t> ids[] = {{"bos", special.bos}, {"eos", special.eos}, {"unknown", special.unk}, {"padding", special.pad}};
+  for (const auto& [name, id] : ids)
+    if (id >= 0) out.emplace_back(str("tokenizer.ggml.", name, "_token_id"), GgufValue::uint32(static_cast<std::uint32_t>(id)));
+  const std::vector<std::int64_t> frame = tokenizer.encode("", true);
+  out.emplace_back("tokenizer.ggml.add_bos_token", GgufValue::boolean_(!frame.empty() && frame.front() == special.bos));
+  out.emplace_back("tokenizer.ggml.add_eos_token", GgufValue::boolean_(!frame.empty() && frame.back() == special.eos && frame.size() > (frame.front() == special.bos ? 1u : 0u)));
+  if (byte_fallback) out.emplace_back("tokenizer.ggml.add_space_prefix", GgufValue::boolean_(description->normalizer.dump().find("Prepend") != std::string::npos));
+  if (const std::string chat = tokenizer.chat_template(); !chat.empty()) out.emplace_back("tokenizer.chat_template", GgufValue::text(chat));
+  return out;
 }
 
 }  // namespace kompakt

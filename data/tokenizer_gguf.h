@@ -11,7 +11,8 @@
 namespace kompakt {
 
 // tokenizer.ggml.* and tokenizer.chat_template, such that tokenizer_from_gguf gives an equal tokenizer (same fingerprint)
-// and llama.cpp the same ids. Error when the kind or the pre-tokenizer has no name in GGUF.
-std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer_metadata(const Tokenizer& tokenizer);
+// and llama.cpp the same ids. Embeddings may have more `rows` than the tokenizer has ids: the rest are unused tokens.
+// Error when the kind or the pre-tokenizer has no name in GGUF.
+std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer_metadata(const Tokenizer& tokenizer, std::int64_t rows);
 
 }  // namespace kompakt

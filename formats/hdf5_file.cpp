@@ -300,4 +300,10 @@ void Hdf5File::close() {
   state_->temporary.clear();
 }
 
+std::string hdf5_version() {
+  unsigned major = 0, minor = 0, release = 0;
+  H5get_libversion(&major, &minor, &release);
+  return str(major, ".", minor, ".", release);
+}
+
 }  // namespace kompakt

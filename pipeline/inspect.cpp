@@ -133,7 +133,8 @@ std::string inspect_text(const Json& inspection) {
   if (inspection.contains("bits_per_weight") && inspection.at("bits_per_weight").is_number()) out += str(", ", fixed(inspection.at("bits_per_weight").get<double>(), 2), " bits per weight of the whole");
   out += "\n";
   const Json none = Json::object();
-  for (const auto& [type, count] : inspection.value("types", none).items()) out += str("  ", type, ": ", count.at("tensors").get<std::int64_t>(), " tensors, ", human_bytes(count.at("bytes").get<double>()), "\n");
+  const Json types = inspection.value("types", none);
+  for (const auto& [type, count] : types.items()) out += str("  ", type, ": ", count.at("tensors").get<std::int64_t>(), " tensors, ", human_bytes(count.at("bytes").get<double>()), "\n");
   if (const Json metadata = inspection.value("metadata", none); !metadata.empty()) {
     out += "\nmetadata\n";
     for (const auto& [key, value] : metadata.items()) out += str("  ", key, " = ", replace_all(value.get<std::string>(), "\n", "\\n"), "\n");

@@ -100,7 +100,7 @@ Json describe_size(const Transformer& model, const std::filesystem::path& files,
   return out;
 }
 
-TeacherScores measure(const Transformer& model, const TokenizedData& data, const LoadedData& loaded, const MeasureOptions& options, const TeacherScores* teacher, const Transformer* teacher_model,
+TeacherScores measure(const Transformer& model, const TokenizedData& data, const MeasureOptions& options, const TeacherScores* teacher, const Transformer* teacher_model,
                       const std::string& title, Json& out) {
   TeacherScores scores;
   Json nulls = Json::object();

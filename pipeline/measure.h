@@ -32,7 +32,7 @@ Json describe_size(const Transformer& model, const std::filesystem::path& files,
 // Fills model["tasks"] or model["language"], latency, nulls with reasons. `teacher` may be null (the teacher itself, or none).
 // `teacher_model` for text: KL and same-top-1 need both models at once.
 // Returns the predictions for later comparisons.
-TeacherScores measure(const Transformer& model, const TokenizedData& data, const LoadedData& loaded, const MeasureOptions& options, const TeacherScores* teacher,
+TeacherScores measure(const Transformer& model, const TokenizedData& data, const MeasureOptions& options, const TeacherScores* teacher,
                       const Transformer* teacher_model, const std::string& title, Json& out);
 
 // Share of requests that the small model keeps when it hands those below a confidence threshold to the teacher, against accuracy.

@@ -1,5 +1,6 @@
 #include "pipeline/recipe.h"
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "core/error.h"
@@ -106,9 +107,11 @@ void check_together(const Recipe& recipe, Problems& problems) {
   }
   for (const auto& [name, source] : recipe.data)
     if (source.format == "text" && source.holdout > 0) problems.add(Error(str("\"holdout\" of data set \"", name, "\" is for classification only")).at(recipe.file).hint("give data: {heldout: {...}} for text"));
+  std::vector<std::string> subjects;
+  for (const RecipeStage& stage : recipe.stages) subjects.insert(subjects.end(), {stage.title, std::string(stage.row->name)});
   for (const std::string& gate : recipe.gates) {
     try {
-      parse_gate(gate);
+      parse_gate(gate, subjects);
     } catch (const Error& error) {
       problems.add(Error(error.message()).at(recipe.file + ": gates").given(gate));
     }

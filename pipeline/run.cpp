@@ -37,7 +37,7 @@ RunOutcome RunSession::run() {
 
   Json gates = Json::array();
   for (const std::string& gate : recipe_.gates) gates.push_back(gate);
-  manifest_["gate_texts"] = gates;
+  manifest_["gates"] = gates;
   manifest_["warnings"] = warnings();
   write_manifest();
   write_report(folder_);

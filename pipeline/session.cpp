@@ -193,11 +193,9 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
   if (is_export) {
     publish_artifact(*entry);
     std::string primary;
-    for (const auto& [format, proof] : record.at("details").at("reopened").items()) {
-      primary = format;
-      break;
-    }
-    const bool several = record.at("details").at("reopened").size() > 1;
+    const Json& reopened = record.at("details").at("reopened");
+    primary = reopened.begin().key();
+    const bool several = reopened.size() > 1;
     manifest_["artifact"] = measure_model("artifact", key + "/artifact", several ? target / primary : target, true);
     manifest_["artifact"]["format"] = primary;
   } else {
@@ -229,14 +227,14 @@ void RunSession::publish_artifact(const fs::path& entry) {
   lineage["files"] = Store::outputs(entry);
   lineage["files"].erase("stage.json");
   AtomicFolder folder(folder_ / "artifact");
-  for (const auto& [name, hash] : lineage["files"].items()) link_or_copy(entry / name, folder.path() / name);
+  const Json files = lineage["files"];
+  for (const auto& [name, hash] : files.items()) link_or_copy(entry / name, folder.path() / name);
   write_json(folder.path() / "lineage.json", lineage);
   folder.commit();
 }
 
 Json RunSession::measure_model(const std::string& label, const std::string& key, const fs::path& folder, bool artifact) {
   const bool is_teacher = key == teacher_position_.key;
-  Problems unused;
   const std::string evaluation_key = sha256(str("evaluation/", stage_revision, "\n", key, "\n", data_.test.hash, data_.test_text.hash, data_.dev.hash, "\n", is_teacher ? std::string() : teacher_evaluation_key_, "\n",
       evaluate_.measure.latency, evaluate_.measure.latency_tokens, "/", evaluate_.measure.latency_repeats, "/", evaluate_.cascade, "\n", recipe_.find_data("test") ? str(recipe_.find_data("test")->max_length, "/", recipe_.find_data("test")->tokens) : std::string()));
   if (const auto entry = store_.find(evaluation_key)) {
@@ -274,7 +272,7 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   TeacherScores scores;
   if (measurable) {
     TokenizedData& tokenized = data_for(tokenizer, model->config());
-    scores = measure(*model, tokenized, data_, evaluate_.measure, is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, text && !is_teacher ? teacher_.get() : nullptr, label, out);
+    scores = measure(*model, tokenized, evaluate_.measure, is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, text && !is_teacher ? teacher_.get() : nullptr, label, out);
     if (evaluate_.cascade && artifact && teacher_scores_ && !text) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
   } else {
     out["nulls"] = Json{{"accuracy", data_.has_test() ? "the model has no classifier" : "the recipe has no test data"}};

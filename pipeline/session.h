@@ -12,6 +12,7 @@
 #include "pipeline/plan.h"
 #include "pipeline/recipe.h"
 #include "pipeline/run.h"
+#include "pipeline/stage_options.h"
 #include "pipeline/stages.h"
 #include "pipeline/store.h"
 #include "pipeline/task_data.h"

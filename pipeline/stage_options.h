@@ -7,8 +7,11 @@
 
 #include "core/fields.h"
 #include "pipeline/measure.h"
+#include "pipeline/recipe.h"
 
 namespace kompakt {
+
+struct StageRun;
 
 struct ExportOptions {
   std::vector<std::string> formats = {"kompakt"};
@@ -29,7 +32,6 @@ EvaluateOptions evaluate_options(const Recipe& recipe);
 
 // Writes every format below `run.output`/<format> (or `run.output` itself for a single one), reopens each with its own reader,
 // compares logits with the trained model, and throws Error when they differ by more than the tolerance.
-struct StageRun;
 void run_export(const Node& options, StageRun& run);
 
 }  // namespace kompakt

@@ -57,15 +57,22 @@ void add_training(const PlanInput& input, const TrainOptions& train, bool teache
   model.memory_bytes = std::max(model.memory_bytes, cost.memory_bytes);
 }
 
-// Objectives of a stage; the teacher layer that each student layer follows comes from the distillation before.
-std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, const StageRun& run) {
-  if (list.is_null()) return {};
+// Objectives of a stage that trains; the teacher layer that each student layer follows comes from the distillation before.
+std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, StageRun& run) {
+  Node chosen = list;
+  if (chosen.is_null()) {
+    // Without a teacher that is fit for the task there are only the labels.
+    if (run.context.teacher) chosen = default_objective(run.current.model->config().is_classifier());
+    else chosen = parse_yaml("[{labels: cross_entropy, weight: 1}]", "default objective");
+  }
   Problems problems;
-  std::vector<std::int64_t> map = run.context.layer_map;
-  if (map.empty()) map = default_layer_map({}, run.current.model->config().layers);  // no distillation before: layer i follows layer i
+  if (run.context.layer_map.empty() && run.context.teacher && run.context.teacher->config().layers == run.current.model->config().layers)
+    for (std::int64_t layer = 0; layer < run.current.model->config().layers; ++layer) run.context.layer_map.push_back(layer);
   const ObjectiveShapes shapes = run.context.teacher ? objective_shapes(*run.current.model, run.context.teacher->config(), run.context.seed) : ObjectiveShapes{};
-  auto objectives = build_objectives(list, map, problems, shapes);
+  auto objectives = build_objectives(chosen, run.context.layer_map, problems, shapes);
   problems.throw_if_any("the objective is not valid");
+  for (const auto& objective : objectives)
+    if (objective->needs_teacher() && !run.context.teacher) throw Error("the objective asks for a teacher, and the run has none that is fit for the task").at("stage \"" + run.context.title + "\"").hint("put a finetune stage before it, or use {labels: cross_entropy}");
   return objectives;
 }
 
@@ -110,7 +117,7 @@ void plan_prune(const Node& node, const PlanInput& input, PlannedModel& model) {
 
 void run_prune(const Node& node, StageRun& run) {
   const auto options = read_stage<PruneOptions>(node);
-  if (options.has_structured || options.has_recover) prune(*run.current.model, options, stage_objectives(options.objective, run), run.context);
+  if (options.has_structured || options.has_recover) prune(*run.current.model, options, options.has_recover ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{}, run.context);
   if (options.has_vocabulary) {
     const TaskData& data = *run.context.data;
     std::vector<std::vector<std::int64_t>> texts = data.train.ids;
@@ -119,6 +126,7 @@ void run_prune(const Node& node, StageRun& run) {
     const std::int64_t before = run.current.model->config().vocab;
     const std::vector<std::int64_t> kept = kept_vocabulary(*run.current.tokenizer, texts, options.vocabulary);
     restrict_vocabulary(*run.current.model, kept);
+    restrict_positions(*run.current.model, options.vocabulary.max_positions);
     restrict_positions(*run.current.model, options.vocabulary.max_positions);
     run.current.tokenizer = run.current.tokenizer->restrict_to(kept);
     (*run.context.details)["removed"]["vocabulary"] = Json::array({before, run.current.model->config().vocab});
@@ -131,13 +139,25 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   const QuantizationPlan plan = plan_quantization(model.config, options);
   model.quantized = plan.tensors;
   model.notes.insert(model.notes.end(), plan.fallbacks.begin(), plan.fallbacks.end());
-  if (options.has_train) add_training(input, options.train, true, model);
+  if (options.method == "qad") add_training(input, options.train, true, model);
   model.bytes = float_bytes(model.config);
+}
+
+// Tensors without a grid as half precision: what is evaluated is what the artifact will hold.
+void round_others_to_half(Transformer& model, const QuantizedModel& quantized) {
+  for (const NamedParameter& parameter : model.parameters()) {
+    const std::string owner = ends_with(parameter.name, ".weight") ? parameter.name.substr(0, parameter.name.size() - 7) : parameter.name;
+    if (quantized.tensors.count(owner)) continue;
+    const at::Tensor rounded = parameter.value->detach().to(at::kHalf).to(at::kFloat);
+    if (!at::isfinite(rounded).all().item<bool>()) throw Error(str("tensor \"", parameter.name, "\" does not fit into half precision")).at("stage \"quantize\"").hint("set others: f32");
+    *parameter.value = rounded;
+  }
 }
 
 void run_quantize(const Node& node, StageRun& run) {
   const auto options = read_stage<QuantizeOptions>(node);
-  const QuantizedModel result = quantize(*run.current.model, options, stage_objectives(options.objective, run), run.context);
+  const QuantizedModel result = quantize(*run.current.model, options, options.method == "qad" ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{}, run.context);
+  if (options.others == "f16") round_others_to_half(*run.current.model, result);
   run.current.quantized.clear();
   for (const auto& [name, values] : result.tensors) run.current.quantized[name] = {result.plan.tensors.at(name), values};
 }
