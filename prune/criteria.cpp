@@ -89,8 +89,9 @@ UnitScores criteria_taylor(Transformer& model, const std::vector<TokenBatch>& ba
   model.blocks.at(0).attention.value.weight.set_requires_grad(true);
   const std::size_t layers = model.blocks.size();
   double examples = 0;
-  Progress progress("importance", static_cast<std::int64_t>(batches.size()), "batch");
-  std::int64_t done = 0;
+  std::int64_t total = 0, done = 0;
+  for (const TokenBatch& batch : batches) total += batch.rows;
+  Progress progress("importance", total, "example");
   for (const TokenBatch& batch : batches) {
     const at::AutoGradMode gradients(true);
     const ModelInput input = to_input(batch, model.device());
@@ -110,7 +111,7 @@ UnitScores criteria_taylor(Transformer& model, const std::vector<TokenBatch>& ba
       scores.heads[i] += heads.to(at::kDouble).square().sum(0).cpu();
     }
     examples += static_cast<double>(batch.rows);
-    progress.update(++done);
+    progress.update(done += batch.rows);
   }
   progress.finish();
   for (std::size_t i = 0; i < layers; ++i) {

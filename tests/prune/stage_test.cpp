@@ -135,7 +135,7 @@ TEST_CASE("prune refuses shapes and options that cannot be met") {
   const auto before = copy_of(*model);
   const auto refused = [&](const std::string& yaml) { return error_text([&] { prune(*model, options_of(yaml), {}, stage.context); }); };
   CHECK(contains_all(refused("{structured: {heads: 0.6}, multiple_of: 8}"), {"6 attention heads", "0.6667 (4 heads)"}));
-  CHECK(contains_all(refused("{structured: {ffn: 0.9}}"), {"remove no", "0.6667 (32 neurons)"}));
+  CHECK(contains_all(refused("{structured: {ffn: 0.9}, multiple_of: 16}"), {"remove no", "0.6667 (32 neurons)"}));
   CHECK(contains_all(refused("{structured: {layers: 4}}"), {"leaves nothing", "0 to 3"}));
   CHECK(contains_all(refused("{structured: {ffn: 0}}"), {"out of range", "recipe.yaml:1:"}));
   CHECK(contains_all(refused("{structured: {fnn: 0.5}}"), {"did you mean \"ffn\""}));
