@@ -127,7 +127,6 @@ void run_prune(const Node& node, StageRun& run) {
     const std::vector<std::int64_t> kept = kept_vocabulary(*run.current.tokenizer, texts, options.vocabulary);
     restrict_vocabulary(*run.current.model, kept);
     restrict_positions(*run.current.model, options.vocabulary.max_positions);
-    restrict_positions(*run.current.model, options.vocabulary.max_positions);
     run.current.tokenizer = run.current.tokenizer->restrict_to(kept);
     (*run.context.details)["removed"]["vocabulary"] = Json::array({before, run.current.model->config().vocab});
   }
