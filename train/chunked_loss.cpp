@@ -13,7 +13,7 @@ constexpr std::int64_t chunk_elements = std::int64_t{1} << 24;  // logits of a c
 
 class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy> {
  public:
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias,
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                             const at::Tensor& targets, double smoothing, bool gradients, std::int64_t chunk) {
     const std::int64_t tokens = hidden.size(0), vocabulary = weight.size(0);
     if (chunk <= 0) chunk = std::max<std::int64_t>(chunk_elements / vocabulary, 16);
@@ -23,13 +23,13 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
     if (gradients) {
       hidden_gradient = at::empty_like(hidden);
       weight_gradient = at::zeros_like(weight);
-      if (bias.defined()) bias_gradient = at::zeros_like(bias);
+      if (bias) bias_gradient = at::zeros_like(*bias);
     }
     for (std::int64_t start = 0; start < tokens; start += chunk) {
       const std::int64_t count = std::min(chunk, tokens - start);
       const at::Tensor part = hidden.narrow(0, start, count);
       const at::Tensor wanted = targets.narrow(0, start, count).unsqueeze(1);                    // [n,1]
-      at::Tensor logits = at::linear(part, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt).to(wide);  // [n,V]
+      at::Tensor logits = at::linear(part, weight, bias).to(wide);  // [n,V]
       const at::Tensor log_sum = at::logsumexp(logits, 1, true);                                 // [n,1]
       at::Tensor loss = (log_sum - logits.gather(1, wanted)).sum() * (1 - smoothing);
       if (smoothing > 0) loss = loss + (log_sum.squeeze(1) - logits.mean(1)).sum() * smoothing;
@@ -60,7 +60,7 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
 
 at::Tensor chunked_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& targets, double label_smoothing, std::int64_t chunk) {
   const bool gradients = at::GradMode::is_enabled() && (hidden.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad()));
-  return ChunkedCrossEntropy::apply(hidden, weight, bias, targets, label_smoothing, gradients, chunk);
+  return ChunkedCrossEntropy::apply(hidden, weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt, targets, label_smoothing, gradients, chunk);
 }
 
 HeadWeights head_weights(const Transformer& model) {

@@ -8,6 +8,8 @@
 namespace kompakt {
 namespace {
 
+constexpr double process_bytes = 150e6;  // LibTorch and the program themselves, resident after start
+
 // Floats that the graph keeps per token and layer: inputs of the six or seven products, of softmax, activation and norms.
 double cost_kept_floats(const ModelConfig& config) {
   const double d = static_cast<double>(config.hidden), f = static_cast<double>(config.ffn);
@@ -47,7 +49,7 @@ TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, s
   // Batches are cut from texts of different length: the longest decide, about three times the mean for short texts.
   const double widest = classifier ? std::min(3 * sequence, config.max_positions > 0 ? static_cast<double>(config.max_positions) : 3 * sequence) : sequence;
   const double batch_tokens = static_cast<double>(options.batch_size) * widest;
-  double bytes = 4 * (blocks + embedding);                                         // weights
+  double bytes = process_bytes + 4 * (blocks + embedding);                         // weights
   bytes += 4 * trained * 3;                                                        // gradients, two moments
   bytes += 4 * trained;                                                            // copies while compacted, state being written
   bytes += 4 * batch_tokens * cost_kept_floats(config) * static_cast<double>(config.layers) * 1.25;  // graph and its gradients in flight

@@ -5,9 +5,11 @@
 #include <ATen/core/grad_mode.h>
 #include <malloc.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <set>
 
 #include "core/error.h"
 #include "core/log.h"

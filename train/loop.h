@@ -22,7 +22,7 @@ struct TrainResult {
 // save_every_steps and on SIGINT/SIGTERM (then throws with exit code 130/143). Everything random is a function of
 // (seed, step), so a resumed run gives the bytes of an unbroken one on the same machine and thread count.
 // A loss that is NaN or infinite stops with an Error and leaves the batch in work/bad_batch.json.
-// Writes context.details["loss_curve"] and ["dev_curve"], and metrics events.
+// Writes context.details["loss_curve"] and ["dev_curve"], and metrics events. One work folder serves one call: a stage that trains twice gives each its own.
 TrainResult train(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives,
                   const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context);
 

@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "core/error.h"
-#include "core/text.h"
 
 namespace kompakt {
 
@@ -23,12 +22,6 @@ StepBatches::StepBatches(const TaskData& data, const TrainOptions& options, std:
     const std::int64_t end = data.tokenizer ? data.tokenizer->special().eos : -1;
     text_ = std::make_unique<TextBatches>(data.train_documents, options.sequence_length, options.batch_size, std::max<std::int64_t>(0, end), data.train_documents.size() > 1, seed);
     batches_per_epoch_ = text_->batches_per_epoch();
-    if (batches_per_epoch_ == 0) {
-      std::int64_t tokens = 0;
-      for (const auto& document : data.train_documents) tokens += static_cast<std::int64_t>(document.size());
-      throw Error(str("the training text has ", tokens, " tokens, fewer than one row of ", options.sequence_length))
-          .at("data.train").given(str(tokens, " tokens")).allowed(str("at least ", options.sequence_length)).hint("lower sequence_length or give more text");
-    }
   }
   steps_per_epoch_ = (batches_per_epoch_ + accumulate_ - 1) / accumulate_;
   // The small slack keeps 0.1 * 30 = 3.0000000000000004 from becoming 4 steps.
