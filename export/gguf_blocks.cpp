@@ -47,6 +47,10 @@ const BlockPacker* find_packer(std::string_view type) {
 const GgmlType* exact_ggml_type(const GridSpec& spec, std::int64_t columns, std::string& why) {
   const std::int64_t group = spec.group_for(columns);
   std::string named;
+  if (spec.grid->integer_zero) {  // scale * zero point is no half in general
+    why = str("grid \"", spec.grid->name, "\" has an integer zero point, GGUF stores a minimum in half precision: take q4_1 or q5_1");
+    return nullptr;
+  }
   for (const BlockPacker& row : block_packers) {
     const GgmlType* type = find_ggml_type(row.type);
     // A grid that names its type gets that one and no other.

@@ -42,7 +42,8 @@ std::vector<std::pair<std::string, std::int64_t>> session_embedding_bytes(const 
   const auto starts = [&](const std::string& name) {
     return starts_with(name, model.tokens.name + ".") || name.find("position_embeddings.") != std::string::npos || name.find("token_type_embeddings.") != std::string::npos;
   };
-  for (const TensorData& tensor : SafetensorsFile::open(folder).tensors())
+  const SafetensorsFile file = SafetensorsFile::open(folder);
+  for (const TensorData& tensor : file.tensors())
     if (starts(tensor.name)) out.emplace_back(tensor.name, static_cast<std::int64_t>(tensor.bytes.size()));
   return out;
 }

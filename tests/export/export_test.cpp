@@ -1,0 +1,158 @@
+// Exporters: what was written is read back bit for bit by a reader of its own, for every grid; damaged artifacts are refused.
+#include <ATen/ATen.h>
+
+#include <catch2/catch.hpp>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "core/json.h"
+#include "core/text.h"
+#include "export/exporters.h"
+#include "export/gguf_blocks.h"
+#include "formats/ggml_blocks.h"
+#include "formats/safetensors.h"
+#include "model/checkpoint.h"
+#include "tests/support.h"
+
+using namespace kompakt;
+using namespace kompakt::testing;
+namespace fs = std::filesystem;
+
+namespace {
+
+Json export_config(const std::string& type) {
+  if (type == "bert")
+    return {{"architectures", {"BertModel"}}, {"model_type", "bert"}, {"vocab_size", 50}, {"hidden_size", 64}, {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"intermediate_size", 128},
+            {"hidden_act", "gelu"}, {"max_position_embeddings", 32}, {"type_vocab_size", 2}, {"layer_norm_eps", 1e-12}, {"pad_token_id", 0}};
+  return {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"vocab_size", 48}, {"hidden_size", 256}, {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"num_key_value_heads", 2},
+          {"intermediate_size", 256}, {"hidden_act", "silu"}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"rope_theta", 10000.0}, {"tie_word_embeddings", true}};
+}
+
+struct ExportFixture {
+  Transformer model;
+  QuantizedTensors quantized;
+  explicit ExportFixture(const std::string& type, const std::string& grid, std::int64_t group = -1) : model(config_from_json(export_config(type), type), 11) {
+    const GridSpec spec{find_grid(grid), group < 0 ? find_grid(grid)->default_group : group};
+    for (Linear* linear : model.linears()) {
+      quantized[linear->name] = {spec, encode(spec, linear->weight)};
+      linear->weight = decode(spec, quantized[linear->name].values);
+    }
+  }
+  ExportRequest request() const { return {model, quantized, "test", {}}; }
+};
+
+void check_equal(const Transformer& a, const Transformer& b) {
+  const auto left = a.parameters(), right = b.parameters();
+  REQUIRE(left.size() == right.size());
+  for (std::size_t i = 0; i < left.size(); ++i) {
+    INFO(left[i].first);
+    CHECK(left[i].first == right[i].first);
+    CHECK(at::equal(left[i].second, right[i].second));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("packed artifacts hold every grid without loss", "[export]") {
+  for (const Grid& grid : grids()) {
+    INFO(std::string(grid.name));
+    const ExportFixture fixture("llama", std::string(grid.name));
+    const TemporaryFolder folder;
+    write_packed(fixture.request(), folder.path());
+    check_equal(fixture.model, *reopen_packed(folder.path()));
+    CHECK(is_packed(folder.path()));
+    CHECK(packed_grids(folder.path()).size() == fixture.quantized.size());
+    // The same input gives the same bytes.
+    const TemporaryFolder again;
+    write_packed(fixture.request(), again.path());
+    CHECK(read_text(folder.path() / "model.safetensors") == read_text(again.path() / "model.safetensors"));
+    CHECK(read_text(folder.path() / "config.json") == read_text(again.path() / "config.json"));
+  }
+}
+
+TEST_CASE("a model without quantized tensors is packed as floats", "[export]") {
+  const Transformer model(config_from_json(export_config("bert"), "bert"), 4);
+  const TemporaryFolder folder;
+  write_packed({model, {}, "test", {}}, folder.path());
+  check_equal(model, *open_any_model(folder.path()));
+}
+
+TEST_CASE("damaged packed artifacts are refused with the tensor named", "[export]") {
+  const ExportFixture fixture("bert", "ternary", 0);
+  const TemporaryFolder folder;
+  const auto rewrite = [&](const std::function<void(std::vector<TensorData>&, Json&)>& change) {
+    write_packed(fixture.request(), folder.path());
+    std::vector<TensorData> tensors;
+    Json config = read_json(folder.path() / "config.json");
+    {
+      const SafetensorsFile file = SafetensorsFile::open(folder.path() / "model.safetensors");
+      for (const TensorData& t : file.tensors()) tensors.push_back(make_tensor(t.name, t.dtype, t.shape, {t.bytes.begin(), t.bytes.end()}));
+    }
+    change(tensors, config);
+    write_safetensors(folder.path() / "model.safetensors", tensors);
+    write_json(folder.path() / "config.json", config);
+    return error_text([&] { reopen_packed(folder.path()); });
+  };
+  const std::string name = "encoder.layer.1.output.dense";
+  const auto index = [&](const std::vector<TensorData>& tensors, const std::string& wanted) {
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      if (tensors[i].name == wanted) return i;
+    throw std::logic_error("no tensor " + wanted);
+  };
+  CHECK(contains_all(rewrite([&](auto& tensors, Json&) { tensors.erase(tensors.begin() + static_cast<std::ptrdiff_t>(index(tensors, name + ".codes"))); }), {"missing", "output.dense.codes"}));
+  CHECK(contains_all(rewrite([&](auto& tensors, Json&) { tensors[index(tensors, name + ".codes")] = make_tensor(name + ".codes", DType::u8, {3}, std::vector<std::byte>(3)); }), {"wrong size", "3 bytes"}));
+  CHECK(contains_all(rewrite([&](auto& tensors, Json&) { tensors[index(tensors, name + ".scales")] = make_tensor(name + ".scales", {2, 1}, {1.0f, 1.0f}); }), {"scales", "wrong shape"}));
+  CHECK(contains_all(rewrite([&](auto& tensors, Json&) { tensors.push_back(make_tensor("stray", {1}, {1.0f})); }), {"unexpected", "stray"}));
+  CHECK(contains_all(rewrite([&](auto&, Json& config) { config["kompakt"]["packed"]["tensors"][name]["grid"] = "ternery"; }), {"unknown grid", "did you mean \"ternary\""}));
+  CHECK(contains_all(rewrite([&](auto&, Json& config) { config["kompakt"]["packed"]["version"] = 99; }), {"version", "99"}));
+  CHECK(contains_all(rewrite([&](auto&, Json& config) { config["kompakt"]["packed"]["tensors"][name]["rows"] = -1; }), {"impossible sizes"}));
+}
+
+TEST_CASE("GGUF holds the grids that have a block type, and reads back bit for bit", "[export]") {
+  struct Row {
+    const char* grid;
+    std::int64_t group;
+    const char* type;
+  };
+  const Row rows[] = {{"q8_0", 32, "Q8_0"}, {"q4_0", 32, "Q4_0"}, {"q4_1", 32, "Q4_1"}, {"q5_0", 32, "Q5_0"}, {"q5_1", 32, "Q5_1"}, {"four_level", 64, "Q2_0"}, {"q2_0", 64, "Q2_0"}, {"ternary", 64, "Q2_0"},
+                      {"ternary", 0, "TQ1_0"}, {"tq1_0", 256, "TQ1_0"}, {"tq2_0", 256, "TQ2_0"}, {"int4", 64, "Q4_0"}, {"int8", 0, "Q8_0"}, {"int3", 32, "Q4_0"}};
+  for (const Row& row : rows) {
+    INFO(row.grid << " " << row.group);
+    const ExportFixture fixture("llama", row.grid, row.group);
+    std::map<std::string, GridSpec> plan;
+    for (const auto& [name, tensor] : fixture.quantized) plan[name] = tensor.spec;
+    CHECK(gguf_obstacles(fixture.model.config(), plan).empty());
+    const TemporaryFolder folder;
+    write_gguf_model(fixture.request(), folder.path());
+    const GgufFile file = GgufFile::open(folder.path() / "model.gguf");
+    REQUIRE(file.find("blk.1.ffn_down.weight"));
+    CHECK(file.find("blk.1.ffn_down.weight")->type->name == row.type);
+    CHECK(file.find("output.weight") == nullptr);  // tied: once
+    check_equal(fixture.model, *reopen_gguf(folder.path()));
+  }
+}
+
+TEST_CASE("what GGUF cannot hold is said before anything is written", "[export]") {
+  const Transformer encoder(config_from_json(export_config("bert"), "bert"), 1);
+  CHECK(contains_all(join(gguf_obstacles(encoder.config(), {}), ";"), {"encoder", "format kompakt"}));
+  const Transformer decoder(config_from_json(export_config("llama"), "llama"), 1);
+  const GridSpec odd{find_grid("int4"), 48};
+  CHECK(contains_all(join(gguf_obstacles(decoder.config(), {{"model.layers.0.mlp.down_proj", odd}}), ";"), {"model.layers.0.mlp.down_proj", "48", "do not divide"}));
+  std::string why;
+  CHECK(exact_ggml_type({find_grid("int4_asym"), 64}, 64, why) == nullptr);
+  CHECK(contains_all(why, {"int4_asym", "q4_1"}));
+}
+
+TEST_CASE("every exporter says why or writes something that its own reader opens", "[export]") {
+  const ExportFixture fixture("llama", "q8_0");
+  std::map<std::string, GridSpec> plan;
+  for (const auto& [name, tensor] : fixture.quantized) plan[name] = tensor.spec;
+  for (const Exporter& exporter : exporters()) {
+    INFO(std::string(exporter.name));
+    CHECK_FALSE(exporter.summary.empty());
+    REQUIRE(exporter.obstacles(fixture.model.config(), plan).empty());
+    const TemporaryFolder folder;
+    exporter.write(fixture.request(), folder.path());
+    check_equal(fixture.model, *exporter.reopen(folder.path()));
+  }
+}
