@@ -48,6 +48,9 @@ at::Tensor forward_activate(std::string_view name, const at::Tensor& x) {
 }
 
 // softmax(q k^T scale + mask) v; q [B,H,T,hd], k and v [B,H,S,hd].
+// The fused kernel for every length: against matmul + softmax + matmul in float32 on one AVX2 core (12 heads of 32, padding
+// mask) it takes 5.9 instead of 7.5 ms forward + backward at 32 x 16 tokens, 26.5 instead of 29.6 at 32 x 64, 62 instead of 85
+// at 8 x 256; forward alone 2.3 / 2.5, 7.8 / 12.4 and 18.5 / 39.8 ms.
 at::Tensor forward_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, bool causal, double scale) {
   return at::scaled_dot_product_attention(q, k, v, mask.defined() ? std::optional<at::Tensor>(mask) : std::nullopt, 0.0, causal, scale);
 }
