@@ -110,8 +110,8 @@ class QuantizeRun {
     const at::Tensor original = tensor.weight->detach().to(at::kCPU, at::kFloat), decoded = decode(spec, layer.quantized).to(at::kCPU);
     const double square = original.square().sum(at::kDouble).item<double>();
     const double relative = square > 0 ? (original - decoded).square().sum(at::kDouble).item<double>() / square : 0;
-    Json row = {{"name", tensor.name}, {"grid", std::string(spec.grid->name)}, {"group", spec.group}, {"rows", original.size(0)}, {"columns", original.size(1)},
-                {"bits", spec.bits_per_weight(original.size(1))}, {"relative_error", relative}};
+    Json row = {{"layer", tensor.name}, {"format", std::string(spec.grid->name)}, {"group", spec.group}, {"rows", original.size(0)}, {"columns", original.size(1)},
+                {"bits", spec.bits_per_weight(original.size(1))}, {"error", relative}};
     std::string note = str(tensor.name, " ", spec.grid->name, " error ", fixed(relative, 4));
     if (hessian.defined()) {
       const double output = output_error(original, decoded, hessian);
