@@ -83,7 +83,7 @@ std::string show_number(Unit unit, double value) {
   switch (unit) {
     case Unit::share: return fixed(100 * value, 1) + "%";
     case Unit::number: return metric_significant(value);
-    case Unit::small_number: return std::abs(value) >= 1 ? fixed(value, 2) : std::abs(value) >= 0.001 || value == 0 ? fixed(value, 3) : str(value);
+    case Unit::small_number: return std::abs(value) >= 1 ? fixed(value, 2) : std::abs(value) >= 0.01 || value == 0 ? fixed(value, 3) : std::abs(value) >= 0.0001 ? fixed(value, 5) : str(value);
     case Unit::bytes: return human_bytes(value);
     case Unit::count: return human_count(value);
     case Unit::milliseconds: return str(metric_significant(value), " ms");
@@ -102,7 +102,7 @@ std::string show_metric(const Metric& metric, const Json& entry) {
   const auto low = number_at(figure, "low"), high = number_at(figure, "high");
   if (!low || !high) return text;
   const double half = (*high - *low) / 2;
-  return str(text, " ±", metric.unit == Unit::share ? fixed(100 * half, 1) : metric.unit == Unit::small_number ? fixed(half, 3) : metric_significant(half));
+  return str(text, " ±", metric.unit == Unit::share ? fixed(100 * half, 1) : metric.unit == Unit::small_number ? fixed(half, *value >= 0.01 ? 3 : 5) : metric_significant(half));
 }
 
 std::string show_points(double share) {
