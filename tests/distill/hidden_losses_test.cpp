@@ -1,7 +1,7 @@
 // Hidden-state and relation losses, projections, and the fused linear loss.
 #include <ATen/ATen.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 #include <cmath>
 
 #include "core/json.h"

@@ -1,7 +1,7 @@
 // Exporters: what was written is read back bit for bit by a reader of its own, for every grid; damaged artifacts are refused.
 #include <ATen/ATen.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 
 #include "core/error.h"
 #include "core/files.h"

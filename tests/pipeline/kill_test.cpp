@@ -3,7 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 #include <chrono>
 #include <cstdlib>
 #include <string>

@@ -1,5 +1,5 @@
 // Reading recipes: every mistake with its place, all at once; --set; what single stages become.
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 
 #include "core/error.h"
 #include "pipeline/recipe.h"

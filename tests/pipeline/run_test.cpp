@@ -1,5 +1,5 @@
 // The whole chain on a tiny model: it runs, reuses, resumes to the same bytes, and refuses to share a folder.
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 
 #include <csignal>
 

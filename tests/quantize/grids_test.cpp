@@ -5,7 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 #include <cmath>
 #include <cstdio>
 #include <cstring>

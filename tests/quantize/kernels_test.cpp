@@ -3,7 +3,7 @@
 
 #include <ATen/ATen.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 
 #include "core/random.h"
 #include "quantize/grid_math.h"

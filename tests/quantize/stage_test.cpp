@@ -4,7 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 #include <cmath>
 
 #include "core/files.h"

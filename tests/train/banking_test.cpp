@@ -1,6 +1,6 @@
 // The fine-tuning recipe on real data and real weights. Hidden: minutes of work. Run it by name:
 //   test_train "[banking]"   with KOMPAKT_STEPS=60 to stop early.
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 #include <cstdio>
 #include <cstdlib>
 

@@ -1,5 +1,5 @@
 // Predicted cost against arithmetic by hand.
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 
 #include "tests/support.h"
 #include "tests/train/fixtures.h"

@@ -1,7 +1,7 @@
 // Six steps against PyTorch's AdamW on the same model and data (scripts/make_goldens_train.py).
 #include <ATen/ATen.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 
 #include "core/log.h"
 #include "model/checkpoint.h"

@@ -1,7 +1,7 @@
 // The centroid head by hand, fine-tuning as a stage, and the chunked loss against the plain one.
 #include <ATen/ATen.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 #include <cmath>
 
 #include "tests/support.h"

@@ -1,7 +1,7 @@
 // The training loop on tiny models: it learns, accumulates exactly, freezes, calls hooks in order, resumes to the same bytes.
 #include <ATen/ATen.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 #include <cmath>
 #include <set>
 

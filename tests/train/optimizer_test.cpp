@@ -1,7 +1,7 @@
 // AdamW against a plain double reference, groups and freezing, clipping, schedules.
 #include <ATen/ATen.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 #include <cmath>
 
 #include "tests/support.h"

@@ -1,7 +1,7 @@
 // The teacher cache against a live teacher, its file, and what it refuses.
 #include <ATen/ATen.h>
 
-#include <catch2/catch.hpp>
+#include "tests/catch_torch.h"
 
 #include "tests/support.h"
 #include "tests/train/fixtures.h"
