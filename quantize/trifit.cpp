@@ -40,17 +40,28 @@ struct TrifitChunk {
   // Codes as they multiply the scale: an integer zero point belongs to the code.
   at::Tensor multipliers() const {
     at::Tensor t = codes.to(at::kFloat);
-    if (spec.grid->integer_zero) t = t + spread(at::where(scales.eq(0), at::zeros_like(scales), (offsets / scales.where(scales.ne(0), at::ones_like(scales))).round()));
-    return t;
+    return spec.grid->integer_zero ? t + spread(zeros()) : t;
   }
+  // offset / scale of an integer zero point.
+  at::Tensor zeros() const { return at::where(scales.eq(0), at::zeros_like(scales), (offsets / at::where(scales.eq(0), at::ones_like(scales), scales)).round()); }
   at::Tensor spread(const at::Tensor& per_group) const { return per_group.repeat_interleave(group, 1).slice(1, 0, columns); }
   at::Tensor decoded() const {
     at::Tensor w = codes.to(at::kFloat) * spread(scales);
     return offsets.defined() ? w + spread(offsets) : w;
   }
-  // tr(E H E^T) per row, in double.
-  at::Tensor objective(const at::Tensor& error) const { return (at::matmul(error, hessian).to(at::kDouble) * error.to(at::kDouble)).sum(1); }
 };
+
+// Scales and offsets as they are stored.
+void trifit_round(const GridSpec& spec, at::Tensor& scales) {
+  const float smallest = spec.grid->code_bits >= 8 ? grid::smallest_half : grid::smallest_normal_half;
+  float* s = scales.data_ptr<float>();
+  for (std::int64_t i = 0; i < scales.numel(); ++i) s[i] = grid::stored_scale(s[i], smallest);
+}
+
+void trifit_round_offsets(at::Tensor& offsets) {
+  float* o = offsets.data_ptr<float>();
+  for (std::int64_t i = 0; i < offsets.numel(); ++i) o[i] = grid::round_to_half(o[i]);
+}
 
 // Joint least squares of all scales (and free offsets) of every row. Rows whose objective would not fall keep theirs.
 void trifit_refit(TrifitChunk& c, bool stored) {
@@ -73,6 +84,7 @@ void trifit_refit(TrifitChunk& c, bool stored) {
     if (free_offsets) normal.select(1, i).slice(1, c.groups).copy_(grouped(product, ones));
     right.select(1, i).copy_((product * c.weight).sum(1).to(at::kDouble));
   }
+  const at::Tensor gram = normal.clone();  // without the ridge: judges candidates
   const at::Tensor ridge = normal.diagonal(0, 1, 2).mean(1).clamp_min(1e-30) * 1e-6;
   normal.diagonal(0, 1, 2).add_(ridge.unsqueeze(1));
   const auto [lower, info] = at::linalg_cholesky_ex(normal);
@@ -81,40 +93,36 @@ void trifit_refit(TrifitChunk& c, bool stored) {
   // A group without any non-zero multiplier says nothing about its scale; one whose sign turned is legal only on some grids.
   at::Tensor keep = grouped(t, t).eq(0).logical_or(scales.isfinite().logical_not()).logical_or(scales.abs().gt(grid::largest_half));
   TrifitChunk candidate = c;
+  at::Tensor sign;  // of the codes, where it turns
   if (!c.spec.grid->signed_scale && c.spec.grid->code_min == -c.spec.grid->code_max) {  // mirrored codes: the sign moves into them
-    const at::Tensor sign = at::where(scales.lt(0).logical_and(keep.logical_not()), at::full_like(scales, -1), at::ones_like(scales));
+    sign = at::where(scales.lt(0).logical_and(keep.logical_not()), at::full_like(scales, -1), at::ones_like(scales));
     candidate.codes = (c.codes * c.spread(sign).to(at::kChar)).contiguous();
     scales = scales * sign;
   }
   if (!c.spec.grid->signed_scale) keep = keep.logical_or(scales.le(0));
-  scales = at::where(keep, c.scales, scales);
+  scales = at::where(keep, c.scales, scales).contiguous();
+  if (free_offsets) offsets = at::where(keep, c.offsets, offsets).contiguous();
   if (stored) {
-    // The grid's smallest scale is 2^-14 (8-bit grids: subnormal halves are fine).
-    const float smallest = c.spec.grid->code_bits >= 8 ? grid::smallest_half : grid::smallest_normal_half;
-    scales = scales.contiguous();
-    float* s = scales.data_ptr<float>();
-    for (std::int64_t i = 0; i < scales.numel(); ++i) s[i] = grid::stored_scale(s[i], smallest);
-    if (free_offsets) {
-      offsets = offsets.contiguous();
-      float* o = offsets.data_ptr<float>();
-      for (std::int64_t i = 0; i < offsets.numel(); ++i) o[i] = grid::round_to_half(o[i]);
-    }
+    trifit_round(c.spec, scales);
+    if (free_offsets) trifit_round_offsets(offsets);
   }
   candidate.scales = scales;
-  if (free_offsets) candidate.offsets = at::where(keep, c.offsets, offsets);
-  if (c.spec.grid->integer_zero) {
-    const at::Tensor zero = at::where(c.scales.eq(0), at::zeros_like(c.scales), (c.offsets / c.scales.where(c.scales.ne(0), at::ones_like(c.scales))).round());
-    candidate.offsets = scales * zero;
-  }
-  const at::Tensor before = c.objective(c.decoded() - c.weight), after = c.objective(candidate.decoded() - c.weight);
+  if (free_offsets) candidate.offsets = offsets;
+  if (c.spec.grid->integer_zero) candidate.offsets = scales * c.zeros();
+  // tr(E H E^T) of a row is x^T A x - 2 x^T b and a constant: no product with H is needed to judge the candidate.
+  const auto value = [&](const at::Tensor& scale, const at::Tensor& offset) {
+    const at::Tensor x = (free_offsets ? at::cat({scale, offset}, 1) : scale).to(at::kDouble);
+    return (at::matmul(gram, x.unsqueeze(2)).squeeze(2) * x).sum(1) - 2 * (right * x).sum(1);
+  };
+  const at::Tensor after = value(sign.defined() ? candidate.scales * sign : candidate.scales, candidate.offsets), before = value(c.scales, c.offsets);
   const at::Tensor better = after.lt(before).logical_and(info.eq(0)).unsqueeze(1);
   c.codes = at::where(better, candidate.codes, c.codes).contiguous();
   c.scales = at::where(better, candidate.scales, c.scales).contiguous();
   if (c.offsets.defined()) c.offsets = at::where(better, candidate.offsets, c.offsets).contiguous();
 }
 
-// One cyclic pass over the codes of every row.
-void trifit_descend(TrifitChunk& c) {
+// One cyclic pass over the codes of every row. The objective before and after comes with it for free.
+std::pair<double, double> trifit_descend(TrifitChunk& c) {
   const Grid& grid = *c.spec.grid;
   const float low = static_cast<float>(grid.code_min), high = static_cast<float>(grid.code_max);
   at::Tensor values = c.decoded().contiguous(), residual = at::matmul(values - c.weight, c.hessian).contiguous();
@@ -124,6 +132,8 @@ void trifit_descend(TrifitChunk& c) {
   std::int8_t* codes = c.codes.data_ptr<std::int8_t>();
   const float* scales = c.scales.data_ptr<float>();
   const float* offsets = c.offsets.defined() ? c.offsets.data_ptr<float>() : nullptr;
+  const auto objective = [&] { return ((values - c.weight).to(at::kDouble) * residual.to(at::kDouble)).sum().item<double>(); };
+  const double before = objective();
   for (std::int64_t row = 0; row < c.rows; ++row) {
     float* rr = r + row * c.columns;
     for (std::int64_t g = 0; g < c.groups; ++g) {
@@ -146,6 +156,7 @@ void trifit_descend(TrifitChunk& c) {
       }
     }
   }
+  return {before, objective()};
 }
 
 }  // namespace
@@ -166,27 +177,22 @@ void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec&
       TrifitChunk c{spec, h, w.slice(0, first, last), q.codes.slice(0, first, last).clone(), q.scales.slice(0, first, last).clone(),
                     q.offsets.defined() ? q.offsets.slice(0, first, last).clone() : at::Tensor(), group, groups, columns, last - first};
       double* out = history.data_ptr<double>() + i * steps;
-      const auto record = [&] { *out++ = c.objective(c.decoded() - c.weight).sum().item<double>(); };
-      record();
-      for (std::int64_t round = 0; round < rounds; ++round) {
-        trifit_refit(c, false), record();
-        trifit_descend(c), record();
-      }
-      // Scales as they are stored: a refit that is rounded before it is judged, or the plain rounding of what there is.
+      const auto descend = [&] {
+        const auto [before, after] = trifit_descend(c);
+        *out++ = before, *out++ = after;
+      };
+      const at::Tensor error = c.decoded() - c.weight;
+      *out++ = (at::matmul(error, h).to(at::kDouble) * error.to(at::kDouble)).sum().item<double>();
+      for (std::int64_t round = 0; round < rounds; ++round) trifit_refit(c, false), descend();
+      // Scales as they are stored: a refit judged after its rounding, or the plain rounding of what there is.
       trifit_refit(c, true);
-      {
-        float* s = c.scales.data_ptr<float>();
-        const float smallest = spec.grid->code_bits >= 8 ? grid::smallest_half : grid::smallest_normal_half;
-        at::Tensor zero = spec.grid->integer_zero ? (c.offsets / at::where(c.scales.eq(0), at::ones_like(c.scales), c.scales)).round() : at::Tensor();
-        for (std::int64_t k = 0; k < c.scales.numel(); ++k) s[k] = grid::stored_scale(s[k], smallest);
-        if (zero.defined()) c.offsets = (c.scales * zero).contiguous();
-        if (c.offsets.defined() && !zero.defined()) {
-          float* o = c.offsets.data_ptr<float>();
-          for (std::int64_t k = 0; k < c.offsets.numel(); ++k) o[k] = grid::round_to_half(o[k]);
-        }
-      }
-      record();
-      trifit_descend(c), record();
+      const at::Tensor zeros = spec.grid->integer_zero ? c.zeros() : at::Tensor();
+      trifit_round(spec, c.scales);
+      if (zeros.defined())
+        c.offsets = (c.scales * zeros).contiguous();
+      else if (c.offsets.defined())
+        trifit_round_offsets(c.offsets);
+      descend();
       q.codes.slice(0, first, last).copy_(c.codes);
       q.scales.slice(0, first, last).copy_(c.scales);
       if (q.offsets.defined()) q.offsets.slice(0, first, last).copy_(c.offsets);
