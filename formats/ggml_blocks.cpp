@@ -47,34 +47,32 @@ void encode_bf16(const float* in, std::byte* out) {
   std::memcpy(out, &value, 2);
 }
 
-using namespace ggml_rows;
-
 // In the order of the numbers, which are ggml's.
 constexpr GgmlType type_rows[] = {
     {0, "F32", 1, 4, decode_plain<float>, encode_f32, nullptr},
     {1, "F16", 1, 2, decode_f16, encode_f16, nullptr},
-    {2, "Q4_0", 32, 18, decode_q4_0, encode_q4_0, weigh_q4_0},
-    {3, "Q4_1", 32, 20, decode_q4_1, encode_q4_1, weigh_q4_1},
-    {6, "Q5_0", 32, 22, decode_q5_0, encode_q5_0, weigh_q5_0},
-    {7, "Q5_1", 32, 24, decode_q5_1, encode_q5_1, weigh_q5_1},
-    {8, "Q8_0", 32, 34, decode_q8_0, encode_q8_0, nullptr},
-    {10, "Q2_K", 256, 84, decode_q2_k, encode_q2_k, weigh_q2_k},
-    {11, "Q3_K", 256, 110, decode_q3_k, encode_q3_k, weigh_q3_k},
-    {12, "Q4_K", 256, 144, decode_q4_k, encode_q4_k, weigh_q4_k},
-    {13, "Q5_K", 256, 176, decode_q5_k, encode_q5_k, weigh_q5_k},
-    {14, "Q6_K", 256, 210, decode_q6_k, encode_q6_k, weigh_q6_k},
-    {20, "IQ4_NL", 32, 18, decode_iq4_nl, encode_iq4_nl, weigh_iq4_nl},
-    {23, "IQ4_XS", 256, 136, decode_iq4_xs, encode_iq4_xs, weigh_iq4_xs},
+    {2, "Q4_0", 32, 18, ggml_rows::decode_q4_0, ggml_rows::encode_q4_0, ggml_rows::weigh_q4_0},
+    {3, "Q4_1", 32, 20, ggml_rows::decode_q4_1, ggml_rows::encode_q4_1, ggml_rows::weigh_q4_1},
+    {6, "Q5_0", 32, 22, ggml_rows::decode_q5_0, ggml_rows::encode_q5_0, ggml_rows::weigh_q5_0},
+    {7, "Q5_1", 32, 24, ggml_rows::decode_q5_1, ggml_rows::encode_q5_1, ggml_rows::weigh_q5_1},
+    {8, "Q8_0", 32, 34, ggml_rows::decode_q8_0, ggml_rows::encode_q8_0, nullptr},
+    {10, "Q2_K", 256, 84, ggml_rows::decode_q2_k, ggml_rows::encode_q2_k, ggml_rows::weigh_q2_k},
+    {11, "Q3_K", 256, 110, ggml_rows::decode_q3_k, ggml_rows::encode_q3_k, ggml_rows::weigh_q3_k},
+    {12, "Q4_K", 256, 144, ggml_rows::decode_q4_k, ggml_rows::encode_q4_k, ggml_rows::weigh_q4_k},
+    {13, "Q5_K", 256, 176, ggml_rows::decode_q5_k, ggml_rows::encode_q5_k, ggml_rows::weigh_q5_k},
+    {14, "Q6_K", 256, 210, ggml_rows::decode_q6_k, ggml_rows::encode_q6_k, ggml_rows::weigh_q6_k},
+    {20, "IQ4_NL", 32, 18, ggml_rows::decode_iq4_nl, ggml_rows::encode_iq4_nl, ggml_rows::weigh_iq4_nl},
+    {23, "IQ4_XS", 256, 136, ggml_rows::decode_iq4_xs, ggml_rows::encode_iq4_xs, ggml_rows::weigh_iq4_xs},
     {24, "I8", 1, 1, decode_plain<std::int8_t>, nullptr, nullptr},
     {25, "I16", 1, 2, decode_plain<std::int16_t>, nullptr, nullptr},
     {26, "I32", 1, 4, decode_plain<std::int32_t>, nullptr, nullptr},
     {27, "I64", 1, 8, decode_plain<std::int64_t>, nullptr, nullptr},
     {28, "F64", 1, 8, decode_plain<double>, encode_f64, nullptr},
     {30, "BF16", 1, 2, decode_bf16, encode_bf16, nullptr},
-    {34, "TQ1_0", 256, 54, decode_tq1_0, encode_tq1_0, nullptr},
-    {35, "TQ2_0", 256, 66, decode_tq2_0, encode_tq2_0, nullptr},
-    {39, "MXFP4", 32, 17, decode_mxfp4, encode_mxfp4, nullptr},
-    {42, "Q2_0", 64, 18, decode_q2_0, encode_q2_0, nullptr},
+    {34, "TQ1_0", 256, 54, ggml_rows::decode_tq1_0, ggml_rows::encode_tq1_0, nullptr},
+    {35, "TQ2_0", 256, 66, ggml_rows::decode_tq2_0, ggml_rows::encode_tq2_0, nullptr},
+    {39, "MXFP4", 32, 17, ggml_rows::decode_mxfp4, ggml_rows::encode_mxfp4, nullptr},
+    {42, "Q2_0", 64, 18, ggml_rows::decode_q2_0, ggml_rows::encode_q2_0, nullptr},
 };
 
 bool equal_in_any_case(std::string_view a, std::string_view b) {

@@ -11,9 +11,7 @@
 namespace kompakt::ggml_rows {
 namespace {
 
-using namespace ggml_search;
-
-constexpr AffineGrid weighted_grid = {-0.9f, 0.05f, 36, false};
+constexpr ggml_search::AffineGrid weighted_grid = {-0.9f, 0.05f, 36, false};
 
 float largest_magnitude(const float* in, int count) {
   float largest = 0;
@@ -34,7 +32,7 @@ void encode_signed(const float* in, std::byte* out) {
     }
   const float d = maximum / -Half, inverse = inverse_or_zero(d);
   std::int8_t codes[32];
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(clamped_int(in[i] * inverse + (Half + 0.5f), 0, 2 * Half - 1) - Half);
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(ggml_search::clamped_int(in[i] * inverse + (Half + 0.5f), 0, 2 * Half - 1) - Half);
   Pack(codes, float_to_half(d), out);
 }
 
@@ -43,7 +41,7 @@ void encode_affine(const float* in, std::byte* out) {
   const auto [low, high] = std::minmax_element(in, in + 32);
   const float minimum = *low, d = (*high - minimum) / Largest, inverse = inverse_or_zero(d);
   std::int8_t codes[32];
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(clamped_int((in[i] - minimum) * inverse + 0.5f, 0, Largest));
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(ggml_search::clamped_int((in[i] - minimum) * inverse + 0.5f, 0, Largest));
   Pack(codes, float_to_half(d), float_to_half(minimum), out);
 }
 
@@ -52,7 +50,7 @@ template <int Count, auto Pack>
 void encode_by_magnitude(const float* in, std::byte* out) {
   const float d = largest_magnitude(in, Count), inverse = inverse_or_zero(d);
   std::int8_t codes[Count];
-  for (int i = 0; i < Count; ++i) codes[i] = static_cast<std::int8_t>(clamped_int(std::round(in[i] * inverse), -1, 1));
+  for (int i = 0; i < Count; ++i) codes[i] = static_cast<std::int8_t>(ggml_search::clamped_int(std::round(in[i] * inverse), -1, 1));
   Pack(codes, float_to_half(d), out);
 }
 
@@ -69,7 +67,7 @@ void weigh_signed(const float* in, const float* importance, std::byte* out) {
   float weights[32];
   std::int8_t codes[32];
   block_weights(in, importance, weights);
-  const float d = symmetric_search(32, Half, in, weights, codes);
+  const float d = ggml_search::symmetric_search(32, Half, in, weights, codes);
   Pack(codes, float_to_half(d), out);
 }
 
@@ -78,7 +76,7 @@ void weigh_affine(const float* in, const float* importance, std::byte* out) {
   float weights[32], minimum;
   std::int8_t codes[32];
   block_weights(in, importance, weights);
-  const float d = affine_search(32, Largest, in, weights, weighted_grid, codes, &minimum);
+  const float d = ggml_search::affine_search(32, Largest, in, weights, weighted_grid, codes, &minimum);
   Pack(codes, float_to_half(d), float_to_half(-minimum), out);
 }
 
@@ -87,7 +85,7 @@ void weigh_affine(const float* in, const float* importance, std::byte* out) {
 void encode_q8_0(const float* in, std::byte* out) {
   const float d = largest_magnitude(in, 32) / 127, inverse = inverse_or_zero(d);
   std::int8_t codes[32];
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(clamped_int(std::round(in[i] * inverse), -127, 127));
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(ggml_search::clamped_int(std::round(in[i] * inverse), -127, 127));
   pack_q8_0(codes, float_to_half(d), out);
 }
 
@@ -107,7 +105,7 @@ void weigh_q5_1(const float* in, const float* weight, std::byte* out) { weigh_af
 void encode_mxfp4(const float* in, std::byte* out) {
   const float largest = largest_magnitude(in, 32);
   // The largest value gets the exponent of 4 or 6, the two top values of E2M1.
-  const int e = largest > 0 ? clamped_int(std::floor(std::log2(largest)) - 2 + 127, 0, 254) : 0;
+  const int e = largest > 0 ? ggml_search::clamped_int(std::floor(std::log2(largest)) - 2 + 127, 0, 254) : 0;
   const float scale = mxfp4_scale(static_cast<std::uint8_t>(e));
   std::int8_t codes[32];
   for (int i = 0; i < 32; ++i) {

@@ -10,8 +10,6 @@
 namespace kompakt::ggml_rows {
 namespace {
 
-using namespace ggml_search;
-
 // Index of the nearest of the 16 values; of two equally near ones the larger.
 std::int8_t nearest_iq4(float x) {
   if (!(x > iq4_values[0])) return 0;
@@ -45,7 +43,7 @@ float iq4_scale(const float* in, const float* weights, int tries, std::int8_t* c
       magnitude = std::fabs(in[i]);
       maximum = in[i];
     }
-  if (magnitude < tiny_group) {
+  if (magnitude < ggml_search::tiny_group) {
     std::fill(codes, codes + 32, std::int8_t{0});
     return 0;
   }
@@ -89,7 +87,7 @@ void encode_xs(const float* in, const float* importance, std::byte* out) {
   const float d = -maximum / 32, inverse = d != 0 ? 1 / d : 0.0f;
   block.d = float_to_half(d);
   for (int j = 0; j < 8; ++j) {
-    block.scales[j] = static_cast<std::int8_t>(std::clamp(nearest_int(inverse * scales[j]), -32, 31));
+    block.scales[j] = static_cast<std::int8_t>(std::clamp(ggml_search::nearest_int(inverse * scales[j]), -32, 31));
     const float scale = d * static_cast<float>(block.scales[j]), inverse_scale = scale != 0 ? 1 / scale : 0.0f;
     for (int i = 32 * j; i < 32 * (j + 1); ++i) block.codes[i] = nearest_iq4(inverse_scale * in[i]);
   }

@@ -12,9 +12,7 @@
 namespace kompakt::ggml_rows {
 namespace {
 
-using namespace ggml_search;
-
-constexpr AffineGrid super_weighted_grid = {-0.9f, 0.05f, 36, false};
+constexpr ggml_search::AffineGrid super_weighted_grid = {-0.9f, 0.05f, 36, false};
 
 // sqrt(factor * mean square + w^2) * importance for one group; the mean is that of the super-block.
 float super_weights(const float* in, const float* importance, int count, float mean_square, float* weights) {
@@ -36,7 +34,7 @@ float sum_of_squares(const float* in, int count) {
 template <class Block>
 struct AffineKind {
   int group, largest, most;
-  AffineGrid grid;
+  ggml_search::AffineGrid grid;
   bool mean_in_weight;  // |w| + root mean square of the group, else |w|
   float mean_factor;    // with importance
   void (*pack)(const Block&, std::byte*);
@@ -53,7 +51,7 @@ void recode_affine(const AffineKind<Block>& kind, const float* in, Block& block)
     const float scale = half_to_float(block.d) * static_cast<float>(block.scales[j]);
     if (scale == 0) continue;
     const float minimum = half_to_float(block.dmin) * static_cast<float>(block.mins[j]);
-    for (int i = kind.group * j; i < kind.group * (j + 1); ++i) block.codes[i] = static_cast<std::int8_t>(std::clamp(nearest_int((in[i] + minimum) / scale), 0, kind.largest));
+    for (int i = kind.group * j; i < kind.group * (j + 1); ++i) block.codes[i] = static_cast<std::int8_t>(std::clamp(ggml_search::nearest_int((in[i] + minimum) / scale), 0, kind.largest));
   }
 }
 
@@ -61,7 +59,7 @@ std::uint16_t store_by_largest(const float* values, int count, int most, std::ui
   float largest = 0;
   for (int j = 0; j < count; ++j) largest = std::max(largest, values[j]);
   const float inverse = largest > 0 ? static_cast<float>(most) / largest : 0.0f;
-  for (int j = 0; j < count; ++j) stored[j] = static_cast<std::uint8_t>(std::clamp(nearest_int(inverse * values[j]), 0, most));
+  for (int j = 0; j < count; ++j) stored[j] = static_cast<std::uint8_t>(std::clamp(ggml_search::nearest_int(inverse * values[j]), 0, most));
   return float_to_half(largest / static_cast<float>(most));
 }
 
@@ -74,7 +72,7 @@ void encode_super_affine(const AffineKind<Block>& kind, const float* in, std::by
     const float* x = in + kind.group * j;
     const float mean = kind.mean_in_weight ? std::sqrt(sum_of_squares(x, kind.group) / static_cast<float>(kind.group)) : 0.0f;
     for (int i = 0; i < kind.group; ++i) weights[i] = mean + std::fabs(x[i]);
-    scales[j] = affine_search(kind.group, kind.largest, x, weights, kind.grid, block.codes + kind.group * j, &mins[j]);
+    scales[j] = ggml_search::affine_search(kind.group, kind.largest, x, weights, kind.grid, block.codes + kind.group * j, &mins[j]);
   }
   block.d = store_by_largest(scales, groups, kind.most, block.scales);
   block.dmin = store_by_largest(mins, groups, kind.most, block.mins);
@@ -91,10 +89,10 @@ void weigh_super_affine(const AffineKind<Block>& kind, const float* in, const fl
   for (int j = 0; j < groups; ++j) {
     const int first = kind.group * j;
     sums[j] = super_weights(in + first, importance + first, kind.group, mean_square, weights);
-    scales[j] = affine_search(kind.group, kind.largest, in + first, weights, super_weighted_grid, block.codes + first, &mins[j]);
+    scales[j] = ggml_search::affine_search(kind.group, kind.largest, in + first, weights, super_weighted_grid, block.codes + first, &mins[j]);
   }
-  block.d = float_to_half(positive_search(groups, kind.most, scales, sums, block.scales));
-  block.dmin = float_to_half(positive_search(groups, kind.most, mins, sums, block.mins));
+  block.d = float_to_half(ggml_search::positive_search(groups, kind.most, scales, sums, block.scales));
+  block.dmin = float_to_half(ggml_search::positive_search(groups, kind.most, mins, sums, block.mins));
   recode_affine(kind, in, block);
   kind.pack(block, out);
 }
@@ -108,7 +106,7 @@ float store_signed(const float* scales, int most, std::int8_t* stored, std::uint
       maximum = scales[j];
     }
   const float inverse = maximum != 0 ? static_cast<float>(-most) / maximum : 0.0f;
-  for (int j = 0; j < 16; ++j) stored[j] = static_cast<std::int8_t>(std::clamp(nearest_int(inverse * scales[j]), -most, most - 1));
+  for (int j = 0; j < 16; ++j) stored[j] = static_cast<std::int8_t>(std::clamp(ggml_search::nearest_int(inverse * scales[j]), -most, most - 1));
   *d = float_to_half(maximum != 0 ? 1 / inverse : 0.0f);
   return maximum;
 }
@@ -118,7 +116,7 @@ void recode_signed(const float* in, int half, Block& block) {
   for (int j = 0; j < 16; ++j) {
     const float scale = half_to_float(block.d) * static_cast<float>(block.scales[j]);
     if (scale == 0) continue;
-    for (int i = 16 * j; i < 16 * (j + 1); ++i) block.codes[i] = static_cast<std::int8_t>(std::clamp(nearest_int(in[i] / scale), -half, half - 1));
+    for (int i = 16 * j; i < 16 * (j + 1); ++i) block.codes[i] = static_cast<std::int8_t>(std::clamp(ggml_search::nearest_int(in[i] / scale), -half, half - 1));
   }
 }
 
@@ -126,8 +124,8 @@ void recode_signed(const float* in, int half, Block& block) {
 void encode_q6(const float* in, const float* importance, std::byte* out) {
   Q6KBlock block;
   float scales[16];
-  for (int j = 0; j < 16; ++j) scales[j] = symmetric_search(16, 32, in + 16 * j, importance ? importance + 16 * j : nullptr, block.codes + 16 * j);
-  if (std::fabs(store_signed(scales, 128, block.scales, &block.d)) < tiny_group) {
+  for (int j = 0; j < 16; ++j) scales[j] = ggml_search::symmetric_search(16, 32, in + 16 * j, importance ? importance + 16 * j : nullptr, block.codes + 16 * j);
+  if (std::fabs(store_signed(scales, 128, block.scales, &block.d)) < ggml_search::tiny_group) {
     std::memset(out, 0, 210);
     return;
   }
@@ -150,7 +148,7 @@ void weigh_q6_k(const float* in, const float* weight, std::byte* out) { encode_q
 void encode_q3_k(const float* in, std::byte* out) {
   Q3KBlock block;
   float scales[16];
-  for (int j = 0; j < 16; ++j) scales[j] = symmetric_descent(16, 4, in + 16 * j, block.codes + 16 * j);
+  for (int j = 0; j < 16; ++j) scales[j] = ggml_search::symmetric_descent(16, 4, in + 16 * j, block.codes + 16 * j);
   if (store_signed(scales, 32, block.scales, &block.d) == 0) std::fill(block.scales, block.scales + 16, std::int8_t{-32});  // ggml leaves the scale bytes at zero
   recode_signed(in, 4, block);
   pack_q3_k(block, out);
@@ -162,9 +160,9 @@ void weigh_q3_k(const float* in, const float* weight, std::byte* out) {
   const float mean_square = 2 * sum_of_squares(in, 256) / 256;
   for (int j = 0; j < 16; ++j) {
     sums[j] = super_weights(in + 16 * j, weight + 16 * j, 16, mean_square, weights);
-    scales[j] = symmetric_search(16, 4, in + 16 * j, weights, block.codes + 16 * j);
+    scales[j] = ggml_search::symmetric_search(16, 4, in + 16 * j, weights, block.codes + 16 * j);
   }
-  block.d = float_to_half(symmetric_search(16, 32, scales, sums, block.scales));
+  block.d = float_to_half(ggml_search::symmetric_search(16, 32, scales, sums, block.scales));
   recode_signed(in, 4, block);
   pack_q3_k(block, out);
 }

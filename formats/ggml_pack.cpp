@@ -9,8 +9,6 @@
 namespace kompakt {
 namespace {
 
-using namespace ggml_bits;
-
 // Bit j of the 32-bit word is the fifth bit of code j.
 void pack_fifth_bits(const std::int8_t* codes, int offset, std::byte* out) {
   std::uint32_t word = 0;
@@ -33,87 +31,87 @@ constexpr TritRun trit_runs[] = {{0, 32, 0, 5}, {32, 16, 160, 5}, {48, 4, 240, 4
 }  // namespace
 
 void pack_q8_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
-  put_u16(d, out);
+  ggml_bits::put_u16(d, out);
   std::memcpy(out + 2, codes, 32);
 }
 
 void unpack_q8_0(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
-  *d = get_u16(in);
+  *d = ggml_bits::get_u16(in);
   std::memcpy(codes, in + 2, 32);
 }
 
 void pack_q4_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
-  check_range(codes, 32, -8, 7, "code of Q4_0");
-  put_u16(d, out);
-  pack_nibbles(codes, 16, 8, out + 2);
+  ggml_bits::check_range(codes, 32, -8, 7, "code of Q4_0");
+  ggml_bits::put_u16(d, out);
+  ggml_bits::pack_nibbles(codes, 16, 8, out + 2);
 }
 
 void unpack_q4_0(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
-  *d = get_u16(in);
-  unpack_nibbles(in + 2, 16, 8, codes);
+  *d = ggml_bits::get_u16(in);
+  ggml_bits::unpack_nibbles(in + 2, 16, 8, codes);
 }
 
 void pack_q4_1(const std::int8_t* codes, std::uint16_t d, std::uint16_t m, std::byte* out) {
-  check_range(codes, 32, 0, 15, "code of Q4_1");
-  put_u16(d, out);
-  put_u16(m, out + 2);
-  pack_nibbles(codes, 16, 0, out + 4);
+  ggml_bits::check_range(codes, 32, 0, 15, "code of Q4_1");
+  ggml_bits::put_u16(d, out);
+  ggml_bits::put_u16(m, out + 2);
+  ggml_bits::pack_nibbles(codes, 16, 0, out + 4);
 }
 
 void unpack_q4_1(const std::byte* in, std::int8_t* codes, std::uint16_t* d, std::uint16_t* m) {
-  *d = get_u16(in);
-  *m = get_u16(in + 2);
-  unpack_nibbles(in + 4, 16, 0, codes);
+  *d = ggml_bits::get_u16(in);
+  *m = ggml_bits::get_u16(in + 2);
+  ggml_bits::unpack_nibbles(in + 4, 16, 0, codes);
 }
 
 void pack_q5_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
-  check_range(codes, 32, -16, 15, "code of Q5_0");
-  put_u16(d, out);
+  ggml_bits::check_range(codes, 32, -16, 15, "code of Q5_0");
+  ggml_bits::put_u16(d, out);
   pack_fifth_bits(codes, 16, out + 2);
-  pack_nibbles(codes, 16, 16, out + 6);
+  ggml_bits::pack_nibbles(codes, 16, 16, out + 6);
 }
 
 void unpack_q5_0(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
-  *d = get_u16(in);
-  unpack_nibbles(in + 6, 16, 16, codes);
+  *d = ggml_bits::get_u16(in);
+  ggml_bits::unpack_nibbles(in + 6, 16, 16, codes);
   unpack_fifth_bits(in + 2, codes);
 }
 
 void pack_q5_1(const std::int8_t* codes, std::uint16_t d, std::uint16_t m, std::byte* out) {
-  check_range(codes, 32, 0, 31, "code of Q5_1");
-  put_u16(d, out);
-  put_u16(m, out + 2);
+  ggml_bits::check_range(codes, 32, 0, 31, "code of Q5_1");
+  ggml_bits::put_u16(d, out);
+  ggml_bits::put_u16(m, out + 2);
   pack_fifth_bits(codes, 0, out + 4);
-  pack_nibbles(codes, 16, 0, out + 8);
+  ggml_bits::pack_nibbles(codes, 16, 0, out + 8);
 }
 
 void unpack_q5_1(const std::byte* in, std::int8_t* codes, std::uint16_t* d, std::uint16_t* m) {
-  *d = get_u16(in);
-  *m = get_u16(in + 2);
-  unpack_nibbles(in + 8, 16, 0, codes);
+  *d = ggml_bits::get_u16(in);
+  *m = ggml_bits::get_u16(in + 2);
+  ggml_bits::unpack_nibbles(in + 8, 16, 0, codes);
   unpack_fifth_bits(in + 4, codes);
 }
 
 void pack_iq4_nl(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
-  check_range(codes, 32, 0, 15, "code of IQ4_NL");
-  put_u16(d, out);
-  pack_nibbles(codes, 16, 0, out + 2);
+  ggml_bits::check_range(codes, 32, 0, 15, "code of IQ4_NL");
+  ggml_bits::put_u16(d, out);
+  ggml_bits::pack_nibbles(codes, 16, 0, out + 2);
 }
 
 void unpack_iq4_nl(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
-  *d = get_u16(in);
-  unpack_nibbles(in + 2, 16, 0, codes);
+  *d = ggml_bits::get_u16(in);
+  ggml_bits::unpack_nibbles(in + 2, 16, 0, codes);
 }
 
 void pack_mxfp4(const std::int8_t* codes, std::uint8_t e, std::byte* out) {
-  check_range(codes, 32, 0, 15, "code of MXFP4");
+  ggml_bits::check_range(codes, 32, 0, 15, "code of MXFP4");
   out[0] = static_cast<std::byte>(e);
-  pack_nibbles(codes, 16, 0, out + 1);
+  ggml_bits::pack_nibbles(codes, 16, 0, out + 1);
 }
 
 void unpack_mxfp4(const std::byte* in, std::int8_t* codes, std::uint8_t* e) {
-  *e = static_cast<std::uint8_t>(bits(in[0]));
-  unpack_nibbles(in + 1, 16, 0, codes);
+  *e = static_cast<std::uint8_t>(ggml_bits::bits(in[0]));
+  ggml_bits::unpack_nibbles(in + 1, 16, 0, codes);
 }
 
 float mxfp4_scale(std::uint8_t e) {
@@ -122,43 +120,43 @@ float mxfp4_scale(std::uint8_t e) {
 }
 
 void pack_tq1_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
-  check_range(codes, 256, -1, 1, "code of TQ1_0");
+  ggml_bits::check_range(codes, 256, -1, 1, "code of TQ1_0");
   for (const TritRun& run : trit_runs)
     for (int m = 0; m < run.bytes; ++m) {
       unsigned number = 0;
       for (int n = 0; n < 5; ++n) number = number * 3 + (n < run.digits ? static_cast<unsigned>(codes[run.first + m + n * run.bytes] + 1) : 0);
       out[run.offset + m] = static_cast<std::byte>((number * 256 + 242) / 243);  // fixed point in base 3, rounded up
     }
-  put_u16(d, out + 52);
+  ggml_bits::put_u16(d, out + 52);
 }
 
 void unpack_tq1_0(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
   for (const TritRun& run : trit_runs)
     for (int m = 0; m < run.bytes; ++m) {
-      unsigned rest = bits(in[run.offset + m]);
+      unsigned rest = ggml_bits::bits(in[run.offset + m]);
       for (int n = 0; n < run.digits; ++n) {
         rest *= 3;  // the next digit moves above the point
         codes[run.first + m + n * run.bytes] = static_cast<std::int8_t>(static_cast<int>(rest >> 8) - 1);
         rest &= 255;
       }
     }
-  *d = get_u16(in + 52);
+  *d = ggml_bits::get_u16(in + 52);
 }
 
 void pack_tq2_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
-  check_range(codes, 256, -1, 2, "code of TQ2_0");
-  for (int half = 0; half < 2; ++half) pack_planes(codes + 128 * half, 1, 0, out + 32 * half);
-  put_u16(d, out + 64);
+  ggml_bits::check_range(codes, 256, -1, 2, "code of TQ2_0");
+  for (int half = 0; half < 2; ++half) ggml_bits::pack_planes(codes + 128 * half, 1, 0, out + 32 * half);
+  ggml_bits::put_u16(d, out + 64);
 }
 
 void unpack_tq2_0(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
-  for (int i = 0; i < 256; ++i) codes[i] = static_cast<std::int8_t>(plane_value(in + 32 * (i / 128), i % 128) - 1);
-  *d = get_u16(in + 64);
+  for (int i = 0; i < 256; ++i) codes[i] = static_cast<std::int8_t>(ggml_bits::plane_value(in + 32 * (i / 128), i % 128) - 1);
+  *d = ggml_bits::get_u16(in + 64);
 }
 
 void pack_q2_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
-  check_range(codes, 64, -1, 2, "code of Q2_0");
-  put_u16(d, out);
+  ggml_bits::check_range(codes, 64, -1, 2, "code of Q2_0");
+  ggml_bits::put_u16(d, out);
   for (int j = 0; j < 16; ++j) {
     unsigned byte = 0;
     for (int k = 0; k < 4; ++k) byte |= static_cast<unsigned>(codes[4 * j + k] + 1) << (2 * k);
@@ -167,8 +165,8 @@ void pack_q2_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
 }
 
 void unpack_q2_0(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
-  *d = get_u16(in);
-  for (int i = 0; i < 64; ++i) codes[i] = static_cast<std::int8_t>(static_cast<int>((bits(in[2 + i / 4]) >> (2 * (i % 4))) & 3) - 1);
+  *d = ggml_bits::get_u16(in);
+  for (int i = 0; i < 64; ++i) codes[i] = static_cast<std::int8_t>(static_cast<int>((ggml_bits::bits(in[2 + i / 4]) >> (2 * (i % 4))) & 3) - 1);
 }
 
 }  // namespace kompakt
