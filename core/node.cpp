@@ -177,7 +177,11 @@ void set_path(Node& root, std::string_view assignment) {
       const auto index = parse_int(key);
       for (std::size_t item = 0; item < here->items.size(); ++item) {
         Node& candidate = here->items[item];
-        if (index && static_cast<std::size_t>(*index) == item) next = &candidate, found = 1;
+        if (index && static_cast<std::size_t>(*index) == item) {
+          next = &candidate, found = 1;
+          // stages.0.epochs: the item {finetune: {...}} stands for its value unless its own key follows.
+          if (!last && candidate.is_map() && candidate.entries.size() == 1 && candidate.entries.front().key != path[i + 1]) next = &candidate.entries.front().value;
+        }
         if (candidate.is_map() && candidate.entries.size() == 1) {
           names.push_back(candidate.entries.front().key);
           if (!index && candidate.entries.front().key == key) next = &candidate.entries.front().value, ++found;

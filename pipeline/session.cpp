@@ -226,7 +226,6 @@ void RunSession::publish_artifact(const fs::path& entry) {
   // Where the files lie on this machine says nothing about where the model comes from.
   lineage["recipe"]["store"] = "";
   lineage["files"] = Store::outputs(entry);
-  lineage["files"].erase("stage.json");
   AtomicFolder folder(folder_ / "artifact");
   const Json files = lineage["files"];
   for (const auto& [name, hash] : files.items()) link_or_copy(entry / name, folder.path() / name);

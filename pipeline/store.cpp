@@ -64,7 +64,9 @@ fs::path Store::add(const std::string& key, const std::function<void(const fs::p
 Json Store::outputs(const fs::path& entry) {
   Json hashes = Json::object();
   const Json record = read_json(entry / store_record);
-  for (const auto& [name, file] : record.items()) hashes[name] = file.at("sha256");
+  // stage.json holds times: it is no output, and lineage must be the same for the same bytes.
+  for (const auto& [name, file] : record.items())
+    if (name != "stage.json") hashes[name] = file.at("sha256");
   return hashes;
 }
 

@@ -20,7 +20,7 @@ class Store {
   std::optional<std::filesystem::path> find(const std::string& key) const;
   // `fill` writes into a temporary folder that becomes the entry; records sizes and SHA-256 of all files in outputs.json.
   std::filesystem::path add(const std::string& key, const std::function<void(const std::filesystem::path&)>& fill);
-  // name -> sha256 of an entry's files.
+  // name -> sha256 of an entry's files, bookkeeping (stage.json) left out.
   static Json outputs(const std::filesystem::path& entry);
   // Hard links (or copies) all files of an entry but its bookkeeping into `target`, replacing what was there.
   static void link_into(const std::filesystem::path& entry, const std::filesystem::path& target);

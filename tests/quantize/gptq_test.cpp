@@ -8,6 +8,7 @@
 
 #include "core/json.h"
 #include "core/random.h"
+#include "core/system.h"
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "tests/support.h"
@@ -238,6 +239,31 @@ TEST_CASE("the sweep gives the codes and scales of an independent implementation
     CHECK(at::allclose(result.quantized.scales.to(at::kDouble), matrix(item.at("scales"), rows, spec.scale_count(columns)), 0, 0));
     CHECK(result.sweep_loss == Approx(item.at("loss").get<double>()).epsilon(1e-6));
   }
+}
+
+TEST_CASE("time of the linears of a block of SmolLM2-135M", "[.speed]") {
+  at::set_num_threads(1);
+  double total[3] = {0, 0, 0};
+  const std::int64_t shapes[][3] = {{576, 576, 2}, {192, 576, 2}, {1536, 576, 2}, {576, 1536, 1}};
+  for (const auto& [rows, columns, count] : shapes) {
+    const at::Tensor w = gptq_normal(rows, columns, "speed"), h = correlated_hessian(columns, 2 * columns, "speed-h");
+    double seconds[3];
+    int i = 0;
+    for (const std::int64_t rounds : {-1, 0, 4}) {
+      LayerOptions options;
+      options.polish_rounds = rounds;
+      const double start = cpu_seconds();
+      if (rounds < 0)
+        quantize_rtn({w, h, {}}, gptq_spec("ternary", 64), options);
+      else
+        quantize_trifit({w, h, {}}, gptq_spec("ternary", 64), options);
+      seconds[i] = cpu_seconds() - start;
+      total[i] += seconds[i] * static_cast<double>(count);
+      ++i;
+    }
+    std::printf("[%ld,%ld] rtn %.3f  gptq %.3f  gptq + 4 rounds %.3f CPU s\n", static_cast<long>(rows), static_cast<long>(columns), seconds[0], seconds[1], seconds[2]);
+  }
+  std::printf("30 blocks: rtn %.1f  gptq %.1f  gptq + 4 rounds %.1f CPU s (statistics not included)\n", 30 * total[0], 30 * total[1], 30 * total[2]);
 }
 
 }  // namespace kompakt
