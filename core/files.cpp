@@ -23,7 +23,7 @@ Error file_error(const std::string& action, const fs::path& path, int code) {
   Error error(str("cannot ", action, ": ", std::strerror(code)), full ? ExitCode::resource : ExitCode::user);
   error.at(path.string());
   if (code == ENOENT) error.hint("check the path; relative paths in a recipe start at the recipe's folder");
-  if (code == EACCES || code == EPERM || code == EROFS) error.hint("check the permissions, or choose another folder with --out");
+  if (code == EACCES || code == EPERM || code == EROFS) error.hint("check the permissions, or choose another folder (--out for a run, store: in the recipe for the store)");
   if (full) error.hint("free some space and run again with --resume");
   return error;
 }

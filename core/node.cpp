@@ -187,6 +187,13 @@ void set_path(Node& root, std::string_view assignment) {
           if (!index && candidate.entries.front().key == key) next = &candidate.entries.front().value, ++found;
         } else if (candidate.is_scalar()) {
           names.push_back(candidate.scalar);
+          if (!index && !last && candidate.scalar == key) {  // a bare stage name gets options
+            Node grown = Node::map();
+            grown.place = candidate.place;
+            grown.entries.push_back({key, candidate.place, Node::map()});
+            candidate = std::move(grown);
+            next = &candidate.entries.front().value, ++found;
+          }
         }
       }
       if (found == 0) throw Error(str("\"", key, "\" is not in the list", did_you_mean(key, names))).at(origin).allowed(str(join(names, ", "), names.empty() ? "" : ", or ", "an index from 0 to ", here->items.size() ? here->items.size() - 1 : 0));

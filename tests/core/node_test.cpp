@@ -77,4 +77,12 @@ TEST_CASE("--set walks maps, lists and stages by name") {
   CHECK(contains_all(error_text([&] { set_path(root, "=1"); }), {"key.path=value"}));
 }
 
+TEST_CASE("--set gives options to a stage that is named bare, and reaches into one by index") {
+  Node root = parse_yaml("stages: [finetune, {distill: {epochs: 1}}]", "r");
+  set_path(root, "stages.finetune.epochs=2");
+  set_path(root, "stages.1.epochs=3");
+  CHECK(root.find("stages")->items[0].find("finetune")->find("epochs")->scalar == "2");
+  CHECK(root.find("stages")->items[1].find("distill")->find("epochs")->scalar == "3");
+}
+
 }  // namespace kompakt
