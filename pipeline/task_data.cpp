@@ -4,8 +4,8 @@
 
 #include "core/error.h"
 #include "core/hash.h"
-#include "core/log.h"
 #include "core/text.h"
+#include "data/calibration.h"
 
 namespace kompakt {
 namespace {
@@ -13,25 +13,15 @@ namespace {
 // Windows of text data are 512 tokens unless the recipe says otherwise.
 constexpr std::int64_t default_window = 512;
 
-std::vector<std::vector<std::int64_t>> task_windows(const TextSet& set, const DataSource& source, const std::string& name, const Tokenizer& tokenizer, std::int64_t limit) {
+TokenWindows task_windows(const TextSet& set, const DataSource& source, const std::string& name, const Tokenizer& tokenizer, std::int64_t limit) {
   const std::int64_t length = source.max_length > 0 ? source.max_length : std::min<std::int64_t>(default_window, limit);
   if (length > limit) throw Error(str("windows of data set \"", name, "\" are longer than the model allows")).given(str(length, " tokens")).allowed(str("at most ", limit));
   if (length < 2) throw Error(str("windows of data set \"", name, "\" are too short")).given(str(length, " tokens")).allowed("at least 2");
-  std::vector<std::int64_t> tokens;
-  const auto wanted = source.tokens > 0 ? static_cast<std::size_t>(source.tokens) : SIZE_MAX;
-  for (const std::string& document : set.documents) {
-    if (tokens.size() >= wanted) break;
-    const auto ids = tokenizer.encode(document, false, false);
-    tokens.insert(tokens.end(), ids.begin(), ids.end());
+  try {
+    return token_windows(set, tokenizer, length, source.tokens > 0 ? std::max<std::int64_t>(1, source.tokens / length) : 0);
+  } catch (Error& error) {
+    throw error.place().empty() ? error.at(str("data set \"", name, "\"")) : error;
   }
-  if (tokens.size() > wanted) tokens.resize(wanted);
-  std::vector<std::vector<std::int64_t>> windows;
-  for (std::size_t first = 0; first + static_cast<std::size_t>(length) <= tokens.size(); first += static_cast<std::size_t>(length))
-    windows.emplace_back(tokens.begin() + static_cast<std::ptrdiff_t>(first), tokens.begin() + static_cast<std::ptrdiff_t>(first) + length);
-  if (windows.empty()) throw Error(str("the text of data set \"", name, "\" is too short")).given(str(tokens.size(), " tokens")).allowed(str("at least one window of ", length, " tokens")).hint("give more text or a smaller max_length");
-  if (source.tokens > 0 && static_cast<std::int64_t>(tokens.size()) < source.tokens)
-    log_warning(str("data set \"", name, "\" has ", tokens.size(), " tokens; ", source.tokens, " were asked for"));
-  return windows;
 }
 
 std::vector<std::vector<std::int64_t>> task_documents(const TextSet& set, const DataSource& source, const Tokenizer& tokenizer) {
@@ -63,8 +53,6 @@ LoadedData load_data(const Recipe& recipe) {
     if (const DataSource* test = source("test")) data.test_text = read_text_set(*test, recipe.base);
   }
   if (const DataSource* calibration = source("calibration")) data.calibration = read_text_set(*calibration, recipe.base);
-  if (!data.calibration.documents.empty() && data.calibration.hash == data.test_text.hash)
-    throw Error("calibration and test are the same text: the report would flatter the model").at(recipe.file).hint("give calibration another file");
   return data;
 }
 
@@ -101,23 +89,30 @@ std::unique_ptr<TokenizedData> tokenize_data(const Recipe& recipe, const LoadedD
   out->task.kind = data.kind;
   out->task.tokenizer = &tokenizer;
   const std::int64_t limit = config.max_positions > 0 ? config.max_positions : INT64_MAX;
+  TokenWindows heldout, test, calibration;
   if (data.kind == TaskData::Kind::classification) {
     const DataSource* train = recipe.find_data("train");
-    const DataSource* test = recipe.find_data("test");
-    const DataSource& first = train ? *train : *test;
+    const DataSource* test_source = recipe.find_data("test");
+    const DataSource& first = train ? *train : test_source ? *test_source : *recipe.find_data("dev");
     out->max_length = std::min(first.max_length > 0 ? first.max_length : limit, limit);
     out->task.labels = train ? data.train.label_names : data.test.label_names;
     if (train) out->task.train = tokenize(data.train, tokenizer, out->max_length, train->refuse_long);
     if (!data.dev.examples.empty()) out->task.dev = tokenize(data.dev, tokenizer, out->max_length, first.refuse_long);
-    if (test) out->test = tokenize(data.test, tokenizer, test->max_length > 0 ? std::min(test->max_length, limit) : out->max_length, test->refuse_long);
+    if (test_source) out->test = tokenize(data.test, tokenizer, test_source->max_length > 0 ? std::min(test_source->max_length, limit) : out->max_length, test_source->refuse_long);
     out->truncated_train = out->task.train.truncated;
     out->truncated_test = out->test.truncated;
   } else {
     if (const DataSource* source = recipe.find_data("train")) out->task.train_documents = task_documents(data.train_text, *source, tokenizer);
-    if (const DataSource* source = recipe.find_data("heldout")) out->task.heldout = task_windows(data.heldout, *source, "heldout", tokenizer, limit);
-    if (const DataSource* source = recipe.find_data("test")) out->test_windows = task_windows(data.test_text, *source, "test", tokenizer, limit);
+    if (const DataSource* source = recipe.find_data("heldout")) heldout = task_windows(data.heldout, *source, "heldout", tokenizer, limit);
+    if (const DataSource* source = recipe.find_data("test")) test = task_windows(data.test_text, *source, "test", tokenizer, limit);
   }
-  if (const DataSource* source = recipe.find_data("calibration")) out->task.calibration = task_windows(data.calibration, *source, "calibration", tokenizer, limit);
+  if (const DataSource* source = recipe.find_data("calibration")) calibration = task_windows(data.calibration, *source, "calibration", tokenizer, limit);
+  // Figures measured on text that a stage has looked at are no evidence.
+  if (!test.windows.empty() && !calibration.windows.empty()) check_no_overlap(calibration, test, "data set \"calibration\"", "data set \"test\"");
+  if (!test.windows.empty() && !heldout.windows.empty()) check_no_overlap(heldout, test, "data set \"heldout\"", "data set \"test\"");
+  out->task.heldout = std::move(heldout.windows);
+  out->task.calibration = std::move(calibration.windows);
+  out->test_windows = std::move(test.windows);
   out->task.hash = sha256(str(data.hash(), "\n", tokenizer.fingerprint(), "\n", out->max_length));
   return out;
 }
