@@ -2,13 +2,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <chrono>
 #include <vector>
 
 #include "core/text.h"
+#include "model/parallel.h"
 
 namespace kompakt {
 

@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/Parallel.h>
 
 #include <stdexcept>
 
@@ -12,6 +11,7 @@
 #include "core/random.h"
 #include "core/text.h"
 #include "model/families.h"
+#include "model/parallel.h"
 
 namespace kompakt {
 

@@ -1,7 +1,6 @@
 #include "pipeline/device.h"
 
 #include <ATen/Context.h>
-#include <ATen/Parallel.h>
 #include <torch/version.h>
 
 #include <cstdlib>
@@ -9,6 +8,7 @@
 #include "core/error.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "model/parallel.h"
 
 namespace kompakt {
 

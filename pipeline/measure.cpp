@@ -1,7 +1,5 @@
 #include "pipeline/measure.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -12,6 +10,7 @@
 #include "core/text.h"
 #include "evaluate/latency.h"
 #include "evaluate/statistics.h"
+#include "model/parallel.h"
 
 namespace kompakt {
 namespace {

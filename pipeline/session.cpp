@@ -1,7 +1,5 @@
 #include "pipeline/session.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <chrono>
 
@@ -13,6 +11,7 @@
 #include "export/exporters.h"
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
+#include "model/parallel.h"
 #include "pipeline/device.h"
 #include "pipeline/version.h"
 #include "quantize/stage.h"

@@ -1,7 +1,6 @@
 // The GPTQ sweep. Rows are independent once the factor U of the inverse Hessian is known: inside a block of columns each row
 // runs alone (group fit, rounding, compensation), the columns to the right are updated by one matrix product.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 
 #include "core/error.h"
 #include "core/text.h"
+#include "model/parallel.h"
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"

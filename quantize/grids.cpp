@@ -3,13 +3,13 @@
 #include "quantize/grids.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "core/error.h"
 #include "core/text.h"
+#include "model/parallel.h"
 #include "quantize/grid_math.h"
 #include "quantize/group_fit.h"
 #include "quantize/vector_lanes.h"

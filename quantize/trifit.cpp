@@ -2,12 +2,12 @@
 // Per row r with E = decoded - w: scales of all groups jointly (normal equations B H B^T a = B H w, B = masked code rows),
 // then each code in turn (the best level for w_j given all others is the one nearest to decoded_j - (E H)_j / H_jj).
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "model/parallel.h"
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"

@@ -61,6 +61,7 @@ class CheckLayers(unittest.TestCase):
         both = {"core/a.cpp": "#include <yaml-cpp/yaml.h>\n", "pipeline/b.cpp": '#include "yaml-cpp/node/node.h"\n'}
         self.broken(both, "yaml-cpp has 2 doors, one is allowed: core/a.cpp:1, pipeline/b.cpp:1")
         self.broken({"report/a.cpp": "#include <nlohmann/json.hpp>\n"}, "through core/json.h only")
+        self.broken({"quantize/a.cpp": "#include <ATen/Parallel.h>\n"}, "through model/parallel.h only")
         self.assertEqual(self.check({"core/json.h": "#include <nlohmann/json.hpp>\n", "tests/a.cpp": "#include <hdf5.h>\n", "formats/b.cpp": "#include <hdf5.h>\n"}), ([], []))
 
     def test_using_namespace(self):
