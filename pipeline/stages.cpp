@@ -136,6 +136,7 @@ void run_prune(const Node& node, StageRun& run) {
 void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model) {
   const auto options = read_stage<QuantizeOptions>(node);
   const QuantizationPlan plan = plan_quantization(model.config, options);
+  model.config = basis_config(model.config, options.basis);
   model.quantized = plan.tensors;
   model.notes.insert(model.notes.end(), plan.fallbacks.begin(), plan.fallbacks.end());
   if (options.method == "qad") add_training(input, options.train, true, model);

@@ -58,6 +58,7 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.choice("method", options.method, "how codes and scales are found", quantization_method_names());
   visitor.choice("head", options.head, "grid of the classifier, the pooler and an untied output layer", plan_names_or_none());
   visitor.texts("keep_float", options.keep_float, "names of tensors left in float; * stands for anything");
+  fields(visitor, options.basis);
   visitor.flag("allow_fallback", options.allow_fallback, "where a row does not divide into groups, take the fallback grid and list it in the report");
   visitor.choice("fallback", options.fallback, "grid of tensors that do not divide into groups", grid_names());
   visitor.number("damping", options.damping, "share of the mean diagonal added to the Hessian", {.min = 0, .max = 10});
@@ -87,9 +88,10 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
     const auto names = quantization_method_names();
     problems.add(Error(str("unknown method \"", options.method, "\"", did_you_mean(options.method, names))).at("quantize.method").given(options.method).allowed(join(names, ", ")));
   }
+  if (options.basis.untie && options.basis.basis != "hadamard") problems.add(Error(str("untie serves basis hadamard alone, and basis is ", options.basis.basis)).at("quantize.untie").given("true").allowed("false").hint("leave the key out"));
   problems.throw_if_any("the quantize stage cannot be planned");
 
-  Transformer shape(config, 0, c10::Device(c10::kMeta));
+  Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));
   std::vector<bool> used(options.keep_float.size(), false);
   for (const QuantizableTensor& tensor : quantizable_tensors(shape)) {
     bool kept = false;

@@ -11,6 +11,7 @@
 #include "core/log.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "quantize/basis.h"
 #include "quantize/hessian.h"
 #include "quantize/methods.h"
 #include "quantize/tensors.h"
@@ -159,6 +160,7 @@ class QuantizeRun {
 
 QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context) {
   if (!find_quantization_method(options.method)) plan_quantization(model.config(), options);  // throws with the list of methods
+  change_basis(model, options, objectives, context);
   return QuantizeRun(model, options, context).run(objectives);
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/fields.h"
+#include "quantize/basis.h"
 #include "quantize/grids.h"
 #include "train/constraint.h"
 #include "train/context.h"
@@ -24,6 +25,7 @@ struct QuantizeOptions {
   std::string head = "none";        // grid of the classifier, or "none"
   std::vector<std::string> keep_float;  // patterns of tensors left in float
   std::string others = "f32";           // type of tensors without a grid: f32 | f16
+  BasisOptions basis;
   bool allow_fallback = false;      // where a row does not fit the group: take the fallback grid and list it
   std::string fallback = "int8";
   // gptq
@@ -45,6 +47,7 @@ struct QuantizationPlan {
   std::map<std::string, GridSpec> tensors;  // absent = float
   std::vector<std::string> fallbacks;       // sentences for the report
 };
+// `config`: the shape before the change of basis.
 QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOptions& options);
 
 // What the stage leaves behind, beside the float master weights set to the decoded values.
