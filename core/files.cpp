@@ -19,7 +19,7 @@ namespace fs = std::filesystem;
 namespace {
 
 Error file_error(const std::string& action, const fs::path& path, int code) {
-  const bool full = code == ENOSPC || code == EDQUOT;
+  const bool full = code == ENOSPC || code == EDQUOT || code == EFBIG;  // disk, quota, the shell's `ulimit -f`
   Error error(str("cannot ", action, ": ", std::strerror(code)), full ? ExitCode::resource : ExitCode::user);
   error.at(path.string());
   if (code == ENOENT) error.hint("check the path; relative paths in a recipe start at the recipe's folder");

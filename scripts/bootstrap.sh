@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Installs what kompakt needs to build and run: Debian packages, and LibTorch from its wheel into .venv of the project.
 # Says what it installs before it does, installs only what is missing, and takes well under a second when nothing is.
-# It does not touch any other Python environment and does not need a GPU.
+# It does not touch any other Python environment and does not need a GPU. Where an NVIDIA driver answers, LibTorch comes
+# with its CUDA libraries.
 #
-# usage: scripts/bootstrap.sh [--check] [-DTorch_DIR=DIR]
+# usage: scripts/bootstrap.sh [--check] [--cuda | --cpu] [-DTorch_DIR=DIR]
 #   --check            install nothing; list what is missing and exit with 1 if anything is
+#   --cuda, --cpu      with LibTorch's CUDA libraries (5.3 GB), or without (1.3 GB); default: as the machine is
 #   -DTorch_DIR=DIR    use another LibTorch (2.9 or newer); so do the variables KOMPAKT_TORCH and Torch_DIR
 # environment: KOMPAKT_SKIP_PACKAGES=1 leaves the system's packages alone (you installed them in another way)
 set -euo pipefail
@@ -13,8 +15,6 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
 # The two nvidia packages are the ones that torch 2.15.0 asks for: libtorch_cpu.so links them even where no GPU is.
 readonly torch_wheels=(torch==2.15.0 nvidia-cuda-runtime==13.2.86 nvidia-cuda-cupti==13.2.86)
-readonly torch_megabytes=1300 # installed
-readonly needed_megabytes=4000
 readonly packages=(
   g++ cmake ninja-build ccache pkg-config git ca-certificates
   python3 python3-venv
@@ -23,16 +23,19 @@ readonly packages=(
 )
 
 check_only=0
+if have nvidia-smi && nvidia-smi -L > /dev/null 2>&1; then cuda=1; else cuda=0; fi
 torch_arguments=()
 for argument in "$@"; do
   case "$argument" in
     --check) check_only=1 ;;
+    --cuda) cuda=1 ;;
+    --cpu) cuda=0 ;;
     -D*) torch_arguments+=("$argument") ;;
     -h | --help)
-      sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
-    *) die "unknown option '$argument'" "allowed: --check, -DTorch_DIR=DIR, --help" ;;
+    *) die "unknown option '$argument'" "allowed: --check, --cuda, --cpu, -DTorch_DIR=DIR, --help" ;;
   esac
 done
 
@@ -104,6 +107,7 @@ torch_is_there() {
     name="${spec%%==*}" version="${spec##*==}"
     compgen -G "$KOMPAKT_VENV/lib/python3*/site-packages/${name//-/_}-$version.dist-info/INSTALLER" > /dev/null || return 1
   done
+  if [ "$cuda" = 1 ]; then compgen -G "$KOMPAKT_VENV/lib/python3*/site-packages/nvidia/*/lib/libcublas.so*" > /dev/null || return 1; fi
   compgen -G "$KOMPAKT_VENV/lib/python3*/site-packages/torch/lib/libtorch_cpu.so" > /dev/null
 }
 
@@ -134,13 +138,15 @@ install_torch() {
     x86_64 | aarch64) ;;
     *) die "there is no LibTorch wheel for a $(uname -m) processor" "build LibTorch yourself and name it with -DTorch_DIR=<folder>/share/cmake/Torch" ;;
   esac
-  local free
+  # With CUDA, torch's own list of dependencies decides; without, only what libtorch_cpu.so links.
+  local free torch_megabytes=1300 needed_megabytes=4000 without=(--no-deps)
+  if [ "$cuda" = 1 ]; then torch_megabytes=5300 needed_megabytes=9000 without=(); fi
   free="$(free_megabytes "$KOMPAKT_ROOT")"
   [ "$free" -ge "$needed_megabytes" ] || die "only $free MB are free in $KOMPAKT_ROOT; LibTorch and a build need $needed_megabytes MB" \
     "free some space, or clone the repository to a larger disk"
   say "installing into .venv (about $torch_megabytes MB): ${torch_wheels[*]}"
   ensure_environment
-  "$KOMPAKT_VENV/bin/python" -m pip install --disable-pip-version-check --no-deps --only-binary=:all: --quiet "${torch_wheels[@]}" >&2 ||
+  "$KOMPAKT_VENV/bin/python" -m pip install --disable-pip-version-check ${without[@]+"${without[@]}"} --only-binary=:all: --quiet "${torch_wheels[@]}" >&2 ||
     die "pip could not install LibTorch (its message stands above)" \
       "check the network and pip's own settings ($KOMPAKT_VENV/bin/python -m pip config list), then run this script again" \
       "without a network: name another LibTorch 2.9 or newer with -DTorch_DIR=<folder>/share/cmake/Torch"

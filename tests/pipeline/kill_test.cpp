@@ -1,5 +1,7 @@
-// SIGKILL at five moments of a run, each followed by --resume: the artifact is byte-equal to that of an unbroken run.
+// SIGKILL at five moments of a run, each followed by --resume: the artifact is byte-equal to that of an unbroken run. The same
+// after a run that could not write any more.
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -18,13 +20,19 @@ namespace fs = std::filesystem;
 
 namespace {
 
-// Starts `kompakt run`; kills it after `milliseconds` when that is not negative. Exit code, or -1 when it was killed.
-int kill_run(const TinySetting& tiny, int milliseconds) {
+// Starts `kompakt run`; kills it after `milliseconds` when that is not negative. With `largest_file` >= 0 no file may grow
+// beyond that many bytes, which a program meets as it meets a full disk. Exit code, or -1 when it was killed.
+int kill_run(const TinySetting& tiny, int milliseconds, std::int64_t largest_file = -1) {
   const char* binary = std::getenv("KOMPAKT_BINARY");
   REQUIRE(binary != nullptr);
   const std::string recipe = tiny.recipe().string(), out = tiny.out("a").string();
   const pid_t child = ::fork();
   if (child == 0) {
+    if (largest_file >= 0) {
+      const rlimit limit{static_cast<rlim_t>(largest_file), static_cast<rlim_t>(largest_file)};
+      ::signal(SIGXFSZ, SIG_IGN);  // write() then fails with EFBIG
+      ::setrlimit(RLIMIT_FSIZE, &limit);
+    }
     ::execl(binary, binary, "run", recipe.c_str(), "--out", out.c_str(), "--resume", "--quiet", static_cast<char*>(nullptr));
     ::_exit(127);
   }
@@ -54,4 +62,13 @@ TEST_CASE("a run killed five times gives the bytes of an unbroken one", "[kill]"
   REQUIRE(kill_run(broken, -1) == 0);
   CHECK(folder_bytes(whole.out("a") / "artifact") == folder_bytes(broken.out("a") / "artifact"));
   CHECK_FALSE(fs::exists(broken.out("a") / "work"));
+}
+
+TEST_CASE("a run that cannot write ends with code 4, leaves no artifact, and goes on when it can", "[kill]") {
+  TinySetting tiny, whole;
+  REQUIRE(kill_run(tiny, -1, 6000) == 4);  // reports and configurations fit, tensors do not
+  CHECK_FALSE(fs::exists(tiny.out("a") / "artifact"));
+  REQUIRE(kill_run(tiny, -1) == 0);
+  REQUIRE(kill_run(whole, -1) == 0);
+  CHECK(folder_bytes(whole.out("a") / "artifact") == folder_bytes(tiny.out("a") / "artifact"));
 }

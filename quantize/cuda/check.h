@@ -1,0 +1,20 @@
+// Runs every kernel of kernels.h on a CUDA device and holds the result against its CPU twin (quantize/kernels.h).
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace kompakt::cuda {
+
+struct KernelCheck {
+  std::string kernel;
+  bool passed = false;
+  std::string note;  // device, or what differed
+};
+
+// Devices that the CUDA runtime sees; 0 without a driver. Never throws.
+int device_count();
+// One entry per kernel and layout on device `index`. A kernel that cannot be launched is a failed check with CUDA's message.
+std::vector<KernelCheck> check_kernels(int index);
+
+}  // namespace kompakt::cuda
