@@ -54,7 +54,7 @@ macro(kompakt_cuda_kernels)
       target_include_directories(kompakt_kernels PRIVATE "${PROJECT_SOURCE_DIR}")
       set_target_properties(kompakt_kernels PROPERTIES CUDA_STANDARD 17 CUDA_RUNTIME_LIBRARY Shared POSITION_INDEPENDENT_CODE ON)
       # `kompakt doctor` runs them against their CPU twins where a device is present.
-      target_link_libraries(kompakt_kernels PRIVATE kompakt_quantize)
+      target_link_libraries(kompakt_kernels PRIVATE "$<LINK_ONLY:kompakt_quantize>")
       target_link_libraries(kompakt_pipeline PUBLIC kompakt_kernels)
       set_source_files_properties(pipeline/doctor_kernels.cpp PROPERTIES COMPILE_DEFINITIONS KOMPAKT_KERNELS=1)
     else()
