@@ -9,6 +9,7 @@
 #include "core/text.h"
 #include "model/families.h"
 #include "model/rope.h"
+#include "model/short_attention.h"
 #include "model/transformer.h"
 
 namespace kompakt {
@@ -17,6 +18,8 @@ struct Transformer::Context {
   // Additive masks [1 or B,1,1 or T,S], undefined where nothing is masked or where `causal` alone says it.
   at::Tensor mask, mask_local;
   bool causal = false, causal_local = false;
+  bool plain = false;   // nothing is masked but padding behind the first `lengths` tokens (undefined: no padding)
+  at::Tensor lengths;   // [B]
   std::int64_t window = 0;  // of mask_local
   RopeTables rope, rope_local;
 };
@@ -47,13 +50,19 @@ at::Tensor forward_activate(std::string_view name, const at::Tensor& x) {
   throw std::logic_error("unknown activation " + std::string(name));
 }
 
-// softmax(q k^T scale + mask) v; q [B,H,T,hd], k and v [B,H,S,hd].
-// The fused kernel for every length: against matmul + softmax + matmul in float32 on one AVX2 core (12 heads of 32, padding
-// mask) it takes 5.9 instead of 7.5 ms forward + backward at 32 x 16 tokens, 26.5 instead of 29.6 at 32 x 64, 62 instead of 85
-// at 8 x 256; forward alone 2.3 / 2.5, 7.8 / 12.4 and 18.5 / 39.8 ms.
-at::Tensor forward_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, bool causal, double scale) {
-  if (q.is_meta()) return at::matmul(at::softmax(at::matmul(q, k.transpose(-1, -2)), -1), v);  // shapes alone: the fused kernel has none
-  return at::scaled_dot_product_attention(q, k, v, mask.defined() ? std::optional<at::Tensor>(mask) : std::nullopt, 0.0, causal, scale);
+// softmax(q k^T scale + mask) v; q [B,H,T,hd], k and v [B,H,S,hd] -> [B,T,H*hd]. `lengths` says the same as the mask where only
+// padding is masked; `plain` promises that.
+// The fused kernel for what short_attention does not take: against matmul + softmax + matmul in float32 on one AVX2 core
+// (12 heads of 32, padding mask) it takes 62 instead of 85 ms forward + backward at 8 x 256 tokens, forward alone 18.5 instead of 39.8.
+at::Tensor forward_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, bool causal, bool plain, const at::Tensor& lengths, double scale) {
+  if (plain) {
+    // Heads behind tokens, as the linear layers have left them: views, nothing is copied.
+    const at::Tensor a = q.transpose(1, 2), b = k.transpose(1, 2), c = v.transpose(1, 2);
+    if (fits_short_attention(a, b, c)) return short_attention(a, b, c, lengths, scale).flatten(2);
+  }
+  const at::Tensor mixed = q.is_meta() ? at::matmul(at::softmax(at::matmul(q, k.transpose(-1, -2)), -1), v)  // shapes alone: the fused kernel has none
+                                       : at::scaled_dot_product_attention(q, k, v, mask.defined() ? std::optional<at::Tensor>(mask) : std::nullopt, 0.0, causal, scale);
+  return mixed.transpose(1, 2).flatten(2);
 }
 
 // Grouped queries: every key/value head serves heads/kv_heads query heads. [B,Hkv,S,hd] -> [B,H,S,hd].
@@ -109,11 +118,13 @@ Transformer::Context Transformer::make_context(const ModelInput& input, const at
   if (input.documents.defined()) allowed = input.documents.unsqueeze(2).eq(input.documents.unsqueeze(1)).unsqueeze(1);
   if (family.encoder) {
     // A decoder needs no padding mask: padding stands behind the tokens, where causal attention never looks.
+    context.plain = !input.documents.defined() && x.device().is_cpu();
     if (input.lengths.defined()) {
       const bool padded = input.lengths.device().is_meta() || input.lengths.min().item<std::int64_t>() < length;
       if (padded) {
         const at::Tensor real = at::arange(length, index).unsqueeze(0).lt(input.lengths.to(x.device()).unsqueeze(1)).unsqueeze(1).unsqueeze(1);
         allowed = allowed.defined() ? allowed.bitwise_and(real) : real;
+        context.lengths = input.lengths;
       }
     }
     if (allowed.defined()) context.mask = forward_additive_mask(allowed, x);
@@ -174,9 +185,8 @@ at::Tensor Transformer::attend(std::int64_t layer, const at::Tensor& x, const Co
   }
   const double scale = config_.query_scale > 0 ? config_.query_scale : 1.0 / std::sqrt(static_cast<double>(a.head_dim));
   const std::int64_t group = a.heads / a.kv_heads;
-  const at::Tensor mixed = forward_attention(q, forward_repeat_heads(k, group), forward_repeat_heads(v, group),
-                                             local ? context.mask_local : context.mask, local ? context.causal_local : context.causal, scale);
-  const at::Tensor merged = mixed.transpose(1, 2).reshape({batch, length, a.heads * a.head_dim});
+  const at::Tensor merged = forward_attention(q, forward_repeat_heads(k, group), forward_repeat_heads(v, group), local ? context.mask_local : context.mask,
+                                              local ? context.causal_local : context.causal, context.plain, context.lengths, scale);
   forward_offer(taps, layer, "context", merged);
   return a.output.forward(merged, taps);
 }

@@ -23,6 +23,10 @@ at::Tensor Embedding::effective_weight() const { return transform ? transform(we
 at::Tensor Embedding::forward(const at::Tensor& ids) const {
   // An id outside of the kept rows maps to -1, which at::embedding refuses.
   const at::Tensor rows = row_map.defined() ? row_map.index_select(0, ids.reshape(-1)).view_as(ids) : ids;
+  if (transform && transform_by_row && !rows.is_meta()) {
+    const auto [used, places, counts] = at::_unique2(rows, /*sorted=*/true, /*return_inverse=*/true);
+    return at::embedding(transform(weight.index_select(0, used)), places);
+  }
   const at::Tensor table = effective_weight();
   // Shapes alone: at::embedding has no meta kernel outside of Python.
   if (table.is_meta()) return at::index(table, {rows});

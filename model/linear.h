@@ -33,6 +33,7 @@ struct Embedding {
   at::Tensor weight;   // [vocab, d], or [kept, d] while compacted
   at::Tensor row_map;  // [vocab] int64 -> row of weight while compacted, else undefined
   WeightTransform transform;
+  bool transform_by_row = false;  // the transform treats every row alone: forward() applies it to the rows that it looks up only
 
   at::Tensor effective_weight() const;
   at::Tensor forward(const at::Tensor& ids) const;  // [B,T] int64 -> [B,T,d]

@@ -41,12 +41,18 @@ class FakeQuantization final : public Constraint {
       slot.before = *found.transform;
       // An earlier constraint (a mask) acts first: what it removes stays on the grid's zero.
       *found.transform = [this, &slot](const at::Tensor& weight) { return apply(slot, slot.before ? slot.before(weight) : weight); };
+      // Scales belong to rows, and a batch looks up few of them. A tied head needs them all anyway.
+      if (found.role == QuantizableRole::embedding && !slot.before && !model.config().tied) {
+        slot.keep = false;
+        model.tokens.transform_by_row = true;
+      }
     }
   }
 
   void detach(Transformer& model) override {
     for (auto& [tensor, slot] : slots_) *find_quantizable(model, tensor).transform = slot.before;
     slots_.clear();
+    model.tokens.transform_by_row = false;
   }
 
   void before_forward(Transformer&, std::int64_t step, std::int64_t steps) override {
@@ -64,19 +70,23 @@ class FakeQuantization final : public Constraint {
   struct Slot {
     GridSpec spec;
     WeightTransform before;
-    at::Tensor rounded;  // of this step: micro batches share it
+    bool keep = true;
+    at::Tensor rounded;  // of this step, when `keep`: micro batches share it
   };
 
   void forget() {
     for (auto& [tensor, slot] : slots_) slot.rounded = at::Tensor();
   }
 
+  at::Tensor round(const GridSpec& spec, const at::Tensor& weight) const {
+    const at::NoGradGuard no_grad;
+    const at::Tensor rounded = round_to_grid(spec, weight);
+    return strength_ < 1 ? weight + (rounded - weight) * strength_ : rounded;
+  }
+
   at::Tensor apply(Slot& slot, const at::Tensor& weight) const {
-    if (!slot.rounded.defined()) {
-      at::NoGradGuard no_grad;
-      slot.rounded = round_to_grid(slot.spec, weight);
-      if (strength_ < 1) slot.rounded = weight + (slot.rounded - weight) * strength_;
-    }
+    if (!slot.keep) return straight_through(weight, round(slot.spec, weight));
+    if (!slot.rounded.defined()) slot.rounded = round(slot.spec, weight);
     return straight_through(weight, slot.rounded);
   }
 

@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <cmath>
+#include <map>
 
 #include "core/error.h"
 #include "core/log.h"
@@ -21,16 +22,28 @@ constexpr std::int64_t centroid_batch_size = 64;
 constexpr double centroid_scale = 8;
 
 // A head of centroids costs one pass over the data: a resumed stage takes it from its work folder.
-void finetune_centroids(Transformer& model, StageContext& context) {
+void finetune_centroids(Transformer& model, std::int64_t per_class, StageContext& context) {
   const std::filesystem::path file = context.work / "centroid_head.safetensors";
   const NamedTensors head = {{"weight", model.classifier.weight}, {"bias", model.classifier.bias}};
   if (context.resume && std::filesystem::exists(file)) {
     load_state(file, head);
     return;
   }
-  set_centroid_head(model, context.data->train, padding_id(*context.data));
+  set_centroid_head(model, context.data->train, padding_id(*context.data), per_class);
   std::filesystem::create_directories(context.work);
   save_state(file, {{"weight", model.classifier.weight}, {"bias", model.classifier.bias}}, Json::object());
+}
+
+TokenizedExamples finetune_first(const TokenizedExamples& all, std::int64_t per_class) {
+  if (per_class == 0) return all;
+  TokenizedExamples out;
+  std::map<std::int64_t, std::int64_t> taken;
+  for (std::size_t i = 0; i < all.ids.size(); ++i) {
+    if (taken[all.labels[i]]++ >= per_class) continue;
+    out.ids.push_back(all.ids[i]);
+    out.labels.push_back(all.labels[i]);
+  }
+  return out;
 }
 
 }  // namespace
@@ -39,10 +52,12 @@ void fields(FieldVisitor& visitor, FinetuneOptions& options) {
   fields(visitor, options.train);
   visitor.choice("pooling", options.pooling, "how token states become one vector", {"mean", "cls", "pooler"});
   visitor.flag("centroid_head", options.centroid_head, "start a new classifier from the class means of the pooled vectors");
+  visitor.integer("centroid_examples", options.centroid_examples, "examples of each class that make its mean; 0 = all", {.min = 0});
 }
 
-void set_centroid_head(Transformer& model, const TokenizedExamples& examples, std::int64_t pad) {
+void set_centroid_head(Transformer& model, const TokenizedExamples& all, std::int64_t pad, std::int64_t per_class) {
   at::NoGradGuard no_grad;
+  const TokenizedExamples examples = finetune_first(all, per_class);
   if (examples.ids.empty()) throw Error("the training set is empty").at("data.train").allowed("at least one example");
   const std::int64_t count = static_cast<std::int64_t>(examples.ids.size()), classes = model.classifier.out_features(), width = model.classifier.in_features();
   // In double and in the order of the examples: the same head on any number of threads.
@@ -82,7 +97,7 @@ TrainResult finetune(Transformer& model, const FinetuneOptions& options, StageCo
       if (model.classifier.weight.defined()) log_info(str(context.title, ": the classifier of ", model.config().labels.size(), " labels is replaced by one of ", data.labels.size()));
       if (model.device() != context.device) model.to(context.device);
       model.add_classifier(data.labels, options.pooling);
-      if (options.centroid_head) finetune_centroids(model, context);
+      if (options.centroid_head) finetune_centroids(model, options.centroid_examples, context);
       if (context.details) (*context.details)["head"] = options.centroid_head ? "centroids" : "zero";
       if (options.centroid_head && context.details && !data.dev.ids.empty()) {
         (*context.details)["centroid_dev_accuracy"] = accuracy(model, data.dev, padding_id(data));

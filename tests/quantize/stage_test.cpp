@@ -191,6 +191,35 @@ TEST_CASE("compacted embeddings are rounded as the whole table would be", "[quan
   model->tokens.expand();
 }
 
+TEST_CASE("the embedding rounds the rows that a batch looks up, and as the whole table would be", "[quantize][fake]") {
+  auto model = stage_bert();
+  const QuantizationPlan plan = plan_quantization(model->config(), stage_options("ternary", "rtn"));
+  const GridSpec spec = plan.tensors.at(model->tokens.name);
+  model->tokens.weight.requires_grad_(true);
+  const at::Tensor ids = at::tensor({7, 3, 59, 3, 0, 7}, at::kLong).reshape({2, 3}), g = at::randn({2, 3, model->config().hidden});
+  const at::Tensor expected = at::embedding(straight_through(model->tokens.weight, round_to_grid(spec, model->tokens.weight)), ids);
+  (expected * g).sum().backward();
+  const at::Tensor gradient = model->tokens.weight.grad();
+  model->tokens.weight.mutable_grad() = at::Tensor();
+
+  const auto constraint = fake_quantization(plan);
+  constraint->attach(*model);
+  constraint->before_forward(*model, 0, 1);
+  CHECK(model->tokens.transform_by_row);
+  const at::Tensor out = model->tokens.forward(ids);
+  CHECK(at::equal(out, expected));
+  (out * g).sum().backward();
+  CHECK(at::allclose(model->tokens.weight.grad(), gradient));
+  constraint->detach(*model);
+  CHECK_FALSE(model->tokens.transform_by_row);
+
+  auto tied = stage_llama();
+  const auto whole = fake_quantization(plan_quantization(tied->config(), stage_options("ternary", "rtn")));
+  whole->attach(*tied);
+  CHECK(tied->tokens.transform_by_row == !tied->config().tied);  // a tied head needs every row
+  whole->detach(*tied);
+}
+
 TEST_CASE("moments by taps equal moments of recorded inputs, padding left out", "[quantize][stage]") {
   auto model = stage_bert();
   const TaskData data = stage_examples();

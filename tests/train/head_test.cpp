@@ -51,6 +51,14 @@ TEST_CASE("centroid head by hand") {
   CHECK(model->classifier.bias[1].item<double>() == Approx(bias1).margin(1e-5));
 }
 
+TEST_CASE("centroids of the first examples of each class") {
+  auto some = tiny_bert(2), same = tiny_bert(2);
+  set_centroid_head(*some, {{{1, 5, 6}, {1, 7}, {1, 8, 9, 10}, {1, 11}}, {0, 1, 0, 1}, 0}, 0, 1);
+  set_centroid_head(*same, {{{1, 5, 6}, {1, 7}}, {0, 1}, 0}, 0);
+  CHECK(at::equal(some->classifier.weight, same->classifier.weight));
+  CHECK(at::equal(some->classifier.bias, same->classifier.bias));
+}
+
 TEST_CASE("a class without examples gets a zero row") {
   auto model = tiny_bert(3);
   set_centroid_head(*model, {{{1, 5, 6}, {1, 7}}, {0, 1}, 0}, 0);
