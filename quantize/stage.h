@@ -16,6 +16,16 @@
 
 namespace kompakt {
 
+// Rung after the method: every block by gradients towards the output of the float block (quantize/block_tune.h).
+struct BlockTuneOptions {
+  std::int64_t iterations = 200;
+  std::int64_t batch = 8;             // sequences
+  double learning_rate = 0;           // 0 = 1 / iterations
+  double margin = 0.3;                // of the latents at the start, in codes
+  std::int64_t evaluate_every = 25;
+};
+void fields(FieldVisitor& visitor, BlockTuneOptions& options);
+
 struct QuantizeOptions {
   std::string weights = "int4";     // grid of all linears in blocks
   std::int64_t group = -1;          // -1 = the grid's own

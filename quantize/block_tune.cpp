@@ -1,0 +1,225 @@
+// Sign descent over the latents of one block. A step's sequences are cut into pieces that run beside each other, one a thread,
+// so that no sum depends on the number of threads.
+#include "quantize/block_tune.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+
+#include "core/random.h"
+#include "core/system.h"
+#include "model/parallel.h"
+#include "quantize/latent.h"
+
+namespace kompakt {
+namespace {
+
+constexpr std::int64_t tune_piece_tokens = 2048;  // activations of a piece stay small beside the weights
+constexpr double tune_reach = 0.5;                // of a latent, in codes: a rounding can change by one
+constexpr double tune_factor_low = 0.5, tune_factor_high = 1.5;
+
+// work(0), ..., work(count - 1), each on one thread.
+void tune_each(c10::Device device, std::size_t count, const std::function<void(std::size_t)>& work) {
+  const auto range = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) work(static_cast<std::size_t>(i));
+  };
+  const auto all = static_cast<std::int64_t>(count);
+  if (!device.is_cpu()) return range(0, all);
+  const int threads = at::get_num_threads();
+  if (count == 1) at::set_num_threads(1);  // a single task would use all of them inside
+  at::parallel_for(0, all, 1, range);
+  if (count == 1) at::set_num_threads(threads);
+}
+
+class BlockTuner {
+ public:
+  BlockTuner(Transformer& model, std::int64_t layer, const CalibrationSet& set, const BlockActivations& activations, const BlockTuneOptions& options, std::uint64_t seed)
+      : model_(model), layer_(layer), set_(set), activations_(activations), options_(options), random_(seed, "block-tune/" + std::to_string(layer)) {
+    for (std::size_t b = 0; b < set.inputs.size(); ++b)
+      for (std::int64_t row = 0; row < activations.inputs[b].size(0); ++row) sequences_.push_back({b, row});
+  }
+
+  BlockTuneResult run(const std::map<std::string, at::Tensor>& original, const QuantizationPlan& plan, std::map<std::string, Quantized>& quantized) {
+    Block& block = model_.blocks[static_cast<std::size_t>(layer_)];
+    for (Linear* linear : {&block.attention.query, &block.attention.key, &block.attention.value, &block.attention.output, &block.mlp.gate, &block.mlp.up, &block.mlp.down}) {
+      const auto found = quantized.find(linear->name);
+      if (!linear->weight.defined() || found == quantized.end()) continue;
+      Slot slot{linear, latent_grid(plan.tensors.at(linear->name), found->second), {}, {}, &found->second};
+      slot.values = latent_start(slot.grid, original.at(linear->name), found->second.codes, options_.margin);
+      slot.base = slot.values.codes.clone();
+      slots_.push_back(std::move(slot));
+    }
+    BlockTuneResult result;
+    result.before = result.after = full_loss();
+    std::vector<Quantized> best;
+    for (std::int64_t i = 0; i < options_.iterations; ++i) {
+      check_interrupted();
+      step(i);
+      if ((i + 1) % options_.evaluate_every != 0 && i + 1 != options_.iterations) continue;
+      const double loss = full_loss();
+      if (!(loss < result.after)) continue;
+      result.after = loss, result.best_iteration = i + 1;
+      best.clear();
+      for (const Slot& slot : slots_) best.push_back(latent_codes(slot.grid, slot.values));
+    }
+    for (std::size_t i = 0; i < slots_.size(); ++i) {
+      if (!best.empty()) *slots_[i].quantized = std::move(best[i]);
+      slots_[i].linear->weight = decode(slots_[i].grid.spec, *slots_[i].quantized);
+    }
+    return result;
+  }
+
+ private:
+  struct Slot {
+    Linear* linear;
+    LatentGrid grid;
+    LatentValues values;
+    at::Tensor base;  // latents at the start
+    Quantized* quantized;
+  };
+  struct Sequence {
+    std::size_t batch;
+    std::int64_t row;
+  };
+  struct Piece {
+    ModelInput input;
+    at::Tensor x, target, valid;  // [r,T,d]; valid [r,T,1] or undefined
+    double values = 0;            // scored numbers
+  };
+
+  // Rows of equal length side by side, at least two pieces where there are two rows.
+  std::vector<Piece> pieces(std::vector<std::int64_t> rows) const {
+    const auto length = [&](std::int64_t s) { return activations_.inputs[sequences_[static_cast<std::size_t>(s)].batch].size(1); };
+    std::sort(rows.begin(), rows.end());
+    std::stable_sort(rows.begin(), rows.end(), [&](std::int64_t a, std::int64_t b) { return length(a) < length(b); });
+    const std::int64_t half = (static_cast<std::int64_t>(rows.size()) + 1) / 2;
+    std::vector<Piece> out;
+    for (std::size_t first = 0; first < rows.size();) {
+      const std::int64_t columns = length(rows[first]), most = std::min(half, std::max<std::int64_t>(1, tune_piece_tokens / columns));
+      std::size_t end = first;
+      while (end < rows.size() && static_cast<std::int64_t>(end - first) < most && length(rows[end]) == columns) ++end;
+      out.push_back(piece({rows.begin() + static_cast<std::ptrdiff_t>(first), rows.begin() + static_cast<std::ptrdiff_t>(end)}));
+      first = end;
+    }
+    return out;
+  }
+
+  Piece piece(const std::vector<std::int64_t>& rows) const {
+    std::vector<at::Tensor> ids, x, target, lengths;
+    bool padded = false;
+    for (const std::int64_t s : rows) {
+      const auto& [b, row] = sequences_[static_cast<std::size_t>(s)];
+      const ModelInput& input = set_.inputs[b];
+      TORCH_CHECK(!input.documents.defined() && !input.positions.defined(), "calibration sequences hold one document each");
+      ids.push_back(input.ids[row]), x.push_back(activations_.inputs[b][row]), target.push_back(activations_.targets[b][row]);
+      padded = padded || input.lengths.defined();
+      lengths.push_back(input.lengths.defined() ? input.lengths[row] : at::full({}, input.ids.size(1), input.ids.options()));
+    }
+    Piece out;
+    out.input.ids = at::stack(ids), out.x = at::stack(x), out.target = at::stack(target);
+    out.values = static_cast<double>(out.x.numel());
+    if (!padded) return out;
+    out.input.lengths = at::stack(lengths);
+    out.valid = at::arange(out.x.size(1), lengths[0].options()).lt(out.input.lengths.unsqueeze(1)).unsqueeze(2);
+    out.values = out.valid.sum().item<double>() * static_cast<double>(out.x.size(2));
+    return out;
+  }
+
+  at::Tensor square_error(const Piece& piece) const {
+    const at::Tensor error = model_.block_forward(layer_, piece.x, piece.input) - piece.target;
+    return (piece.valid.defined() ? error * piece.valid : error).square().sum();
+  }
+
+  void place_weights(bool gradient) {
+    at::NoGradGuard no_grad;
+    for (Slot& slot : slots_) slot.linear->weight = latent_weight(slot.grid, slot.values).requires_grad_(gradient);
+  }
+
+  double full_loss() {
+    place_weights(false);
+    std::vector<std::int64_t> all(sequences_.size());
+    std::iota(all.begin(), all.end(), 0);
+    // Pieces are made inside, one a thread: the set is never copied as a whole.
+    const std::size_t chunk = std::max<std::size_t>(2, static_cast<std::size_t>(options_.batch));
+    double error = 0, values = 0;
+    for (std::size_t first = 0; first < all.size(); first += chunk) {
+      const std::vector<Piece> some = pieces({all.begin() + static_cast<std::ptrdiff_t>(first), all.begin() + static_cast<std::ptrdiff_t>(std::min(all.size(), first + chunk))});
+      std::vector<double> errors(some.size());
+      tune_each(model_.device(), some.size(), [&](std::size_t i) {
+        at::NoGradGuard no_grad;
+        errors[i] = square_error(some[i]).item<double>();
+      });
+      error += std::accumulate(errors.begin(), errors.end(), 0.0);
+      for (const Piece& piece : some) values += piece.values;
+    }
+    return error / std::max(1.0, values);
+  }
+
+  void step(std::int64_t iteration) {
+    place_weights(true);
+    std::vector<at::Tensor> weights;
+    for (const Slot& slot : slots_) weights.push_back(slot.linear->weight);
+    const std::vector<Piece> some = pieces(draw(iteration));
+    double values = 0;
+    for (const Piece& piece : some) values += piece.values;
+    std::vector<std::vector<at::Tensor>> gradients(some.size());
+    tune_each(model_.device(), some.size(), [&](std::size_t i) {
+      const at::AutoGradMode gradient(true);
+      gradients[i] = torch::autograd::grad({square_error(some[i]) / std::max(1.0, values)}, weights);
+    });
+    const double start = options_.learning_rate > 0 ? options_.learning_rate : 1.0 / static_cast<double>(options_.iterations);
+    const double rate = start * (1.0 - static_cast<double>(iteration) / static_cast<double>(options_.iterations));
+    at::NoGradGuard no_grad;
+    for (std::size_t s = 0; s < slots_.size(); ++s) {
+      at::Tensor sum = gradients[0][s];
+      for (std::size_t i = 1; i < gradients.size(); ++i) sum.add_(gradients[i][s]);
+      Slot& slot = slots_[s];
+      const LatentValues gradient = latent_gradients(slot.grid, slot.values, sum);
+      slot.values.codes.sub_(gradient.codes.sign(), rate);
+      at::maximum_out(slot.values.codes, slot.values.codes, slot.base - tune_reach);
+      at::minimum_out(slot.values.codes, slot.values.codes, slot.base + tune_reach);
+      slot.values.scale_factor.sub_(gradient.scale_factor.sign(), rate).clamp_(tune_factor_low, tune_factor_high);
+      if (slot.values.offset_shift.defined()) slot.values.offset_shift.sub_(gradient.offset_shift.sign(), rate).clamp_(-tune_reach, tune_reach);
+    }
+  }
+
+  // Sequences of a step: successive cuts of permutations, so that all are seen equally often.
+  std::vector<std::int64_t> draw(std::int64_t iteration) {
+    const auto count = static_cast<std::int64_t>(sequences_.size()), batch = std::min(options_.batch, count), per_round = count / batch;
+    if (iteration % per_round == 0) order_ = CounterRandom(random_.key(), "round/" + std::to_string(iteration / per_round)).permutation(count);
+    const std::int64_t first = iteration % per_round * batch;
+    return {order_.begin() + first, order_.begin() + first + batch};
+  }
+
+  Transformer& model_;
+  const std::int64_t layer_;
+  const CalibrationSet& set_;
+  const BlockActivations& activations_;
+  const BlockTuneOptions& options_;
+  const CounterRandom random_;
+  std::vector<Sequence> sequences_;
+  std::vector<Slot> slots_;
+  std::vector<std::int64_t> order_;
+};
+
+}  // namespace
+
+void fields(FieldVisitor& visitor, BlockTuneOptions& options) {
+  visitor.integer("iterations", options.iterations, "steps of sign descent per block; 0 = off", {.min = 0, .max = 100000});
+  visitor.integer("batch", options.batch, "calibration sequences per step", {.min = 1});
+  visitor.number("learning_rate", options.learning_rate, "first step of latents and scale factors, falling linearly to 0; 0 = 1 / iterations", {.min = 0, .max = 1});
+  visitor.number("margin", options.margin, "how far from its code, in codes, a latent may start; 0.49 = almost where the float weight lies", {.min = 0, .max = 0.49});
+  visitor.integer("evaluate_every", options.evaluate_every, "steps between two losses over the whole calibration set; the best codes are kept", {.min = 1});
+}
+
+BlockTuneResult tune_block(Transformer& model, std::int64_t layer, const CalibrationSet& set, const BlockActivations& activations, const std::map<std::string, at::Tensor>& original,
+                           const QuantizationPlan& plan, const BlockTuneOptions& options, std::uint64_t seed, std::map<std::string, Quantized>& quantized) {
+  TORCH_CHECK(activations.inputs.size() == set.inputs.size() && activations.targets.size() == set.inputs.size(), "activations do not fit the calibration set");
+  return BlockTuner(model, layer, set, activations, options, seed).run(original, plan, quantized);
+}
+
+}  // namespace kompakt

@@ -1,0 +1,36 @@
+// Tuning of one block by gradients (SignRound, Cheng et al. 2024, carried over to every grid): the roundings and scales of all
+// linears of a block are changed together so that the block's output comes closer to that of the float model.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/fields.h"
+#include "quantize/hessian.h"
+#include "quantize/stage.h"
+
+namespace kompakt {
+
+// What flows into one block and what should come out, per batch of the calibration set [B,T,d].
+struct BlockActivations {
+  std::vector<at::Tensor> inputs;   // behind the quantized blocks before
+  std::vector<at::Tensor> targets;  // output of the float block for the float model's input
+};
+
+struct BlockTuneResult {
+  double before = 0, after = 0;  // mean squared error of the block's output over the whole calibration set; after <= before
+  std::int64_t best_iteration = 0;
+};
+
+// `quantized`: codes and scales of the block's linears by name, replaced by better ones; linears without an entry stay as they
+// are. `original`: their float weights. Afterwards the model's block holds the decoded weights. Latents lie within 0.5 of where
+// they start; sign descent with a rate that falls to zero; the best codes by the loss over all of `set` are kept, the start
+// included. The same bytes for every number of threads. Memory: about six times the weights of the block.
+BlockTuneResult tune_block(Transformer& model, std::int64_t layer, const CalibrationSet& set, const BlockActivations& activations, const std::map<std::string, at::Tensor>& original,
+                           const QuantizationPlan& plan, const BlockTuneOptions& options, std::uint64_t seed, std::map<std::string, Quantized>& quantized);
+
+}  // namespace kompakt
