@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <array>
+#include <cmath>
 #include <stdexcept>
 
 #include "core/text.h"
@@ -18,6 +19,7 @@ struct BlockPacker {
   int code_min, code_max;
   bool asymmetric;
   void (*pack)(const std::int8_t* codes, std::uint16_t d, std::uint16_t m, std::byte* out);
+  bool levels = false;  // codes are not numbers: only for the grid that names the type
 };
 
 template <void (*pack)(const std::int8_t*, std::uint16_t, std::byte*)>
@@ -25,11 +27,21 @@ void symmetric_block(const std::int8_t* codes, std::uint16_t d, std::uint16_t, s
   pack(codes, d, out);
 }
 
-constexpr std::array<BlockPacker, 8> block_packers = {{
+// Signed codes of E2M1 to its bits (sign and three others), the power of two to E8M0; mxfp4_values are doubled.
+void mxfp4_block(const std::int8_t* codes, std::uint16_t d, std::uint16_t, std::byte* out) {
+  std::int8_t bits[32];
+  for (int i = 0; i < 32; ++i) bits[i] = static_cast<std::int8_t>(codes[i] < 0 ? 8 - codes[i] : codes[i]);
+  const float scale = half_to_float(d);
+  pack_mxfp4(bits, static_cast<std::uint8_t>(scale > 0 ? std::ilogb(scale) + 128 : 0), out);
+}
+
+constexpr std::array<BlockPacker, 10> block_packers = {{
     {"TQ1_0", -1, 1, false, symmetric_block<pack_tq1_0>},
     {"TQ2_0", -1, 2, false, symmetric_block<pack_tq2_0>},
     {"Q2_0", -1, 2, false, symmetric_block<pack_q2_0>},
+    {"MXFP4", -7, 7, false, mxfp4_block, true},
     {"Q4_0", -8, 7, false, symmetric_block<pack_q4_0>},
+    {"IQ4_NL", 0, 15, false, symmetric_block<pack_iq4_nl>, true},
     {"Q4_1", 0, 15, true, pack_q4_1},
     {"Q5_0", -16, 15, false, symmetric_block<pack_q5_0>},
     {"Q5_1", 0, 31, true, pack_q5_1},
@@ -55,6 +67,7 @@ const GgmlType* exact_ggml_type(const GridSpec& spec, std::int64_t columns, std:
     const GgmlType* type = find_ggml_type(row.type);
     // A grid that names its type gets that one and no other.
     if (spec.grid->group_fixed && spec.grid->ggml_type != row.type) continue;
+    if (row.levels != (spec.grid->levels != nullptr)) continue;
     if (row.asymmetric != spec.grid->asymmetric || row.code_min > spec.grid->code_min || row.code_max < spec.grid->code_max) continue;
     if (columns % type->block == 0 && group % type->block == 0) return type;
     named += str(named.empty() ? "" : ", ", row.type, " (blocks of ", type->block, ")");

@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "core/text.h"
 #include "model/parallel.h"
+#include "quantize/code_rule.h"
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"
@@ -140,7 +141,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const GptqFactor& factor, const
   float* offsets = grid.asymmetric ? q.offsets.data_ptr<float>() : nullptr;
   at::Tensor loss = at::zeros({rows}, at::kDouble);
   double* row_loss = loss.data_ptr<double>();
-  const float low = static_cast<float>(grid.code_min), high = static_cast<float>(grid.code_max);
+  const CodeRule rule(grid);
   const auto blocks = gptq_blocks(order, block_width);
   // Chunks of rows run through the whole sweep alone, products included: the split, and so every bit, is independent of threads.
   constexpr std::int64_t chunk = 64;
@@ -180,9 +181,9 @@ LayerResult gptq_sweep(const at::Tensor& weight, const GptqFactor& factor, const
               if (offsets) offsets[at] = s.offset;
               ++g;
             }
-            const float code = grid::nearest_code(static_cast<float>(row[j]), inverse, s.offset, low, high);
+            const float code = rule.nearest(static_cast<float>(row[j]), inverse, s.offset);
             codes[r * columns + order.column[static_cast<std::size_t>(j)]] = static_cast<std::int8_t>(static_cast<int>(code));
-            const Real e = (row[j] - static_cast<Real>(grid::decode_value(code, s.scale, s.offset))) / diag[j];
+            const Real e = (row[j] - static_cast<Real>(grid::decode_value(rule.value(code), s.scale, s.offset))) / diag[j];
             row_error[j - from] = e;
             row_loss[r] += static_cast<double>(e) * e;
             if (u) gptq_subtract(row + j + 1, u + j * columns + j + 1, e, to - j - 1);

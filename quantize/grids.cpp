@@ -10,8 +10,10 @@
 #include "core/error.h"
 #include "core/text.h"
 #include "model/parallel.h"
+#include "quantize/code_rule.h"
 #include "quantize/grid_math.h"
 #include "quantize/group_fit.h"
+#include "quantize/levels.h"
 #include "quantize/vector_lanes.h"
 
 namespace kompakt {
@@ -21,7 +23,7 @@ namespace {
 constexpr float grid_starts_fine[] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};       // 4 bits and more
 constexpr float grid_starts_coarse[] = {1.0f, 0.85f, 0.7f, 0.58f, 0.46f, 0.36f};     // 3 bits
 constexpr float grid_starts_rms[] = {0.5f, 0.7f, 0.9f, 1.1f, 1.3f};                  // 2 bits
-constexpr float grid_starts_once[] = {1.0f};
+constexpr float grid_starts_twice[] = {2.0f, 1.0f, 0.5f};                             // scales that are powers of two
 constexpr float grid_shrink_fine[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.65f};
 constexpr float grid_shrink_coarse[] = {1.0f, 0.88f, 0.76f, 0.64f, 0.52f, 0.4f};
 
@@ -30,27 +32,58 @@ constexpr float grid_shrink_coarse[] = {1.0f, 0.88f, 0.76f, 0.64f, 0.52f, 0.4f};
 template <int Low, int High, int Bits>
 struct GridCodes {
   static constexpr int low = Low, high = High;
-  static constexpr bool asymmetric = false, integer_zero = false, signed_scale = false;
+  static constexpr bool asymmetric = false, integer_zero = false, signed_scale = false, coarse_scale = false;
+  static constexpr std::string_view scale_type = "f16";
   static constexpr CodeLayout layout{Packing::bits, Bits, Low, High};
+  static const LevelTable* levels() { return nullptr; }
+  static float store(float scale) { return store_normal_half(scale); }
 };
 
-struct TernaryCodes {
-  static constexpr int low = -1, high = 1;
-  static constexpr bool asymmetric = false, integer_zero = false, signed_scale = false;
+struct TernaryCodes : GridCodes<-1, 1, 2> {
   static constexpr CodeLayout layout{Packing::trits, 2, -1, 1};
 };
 
 struct TernaryGrid : TernaryCodes {
-  static GroupScale fit(FitScratch& group) { return {grid::stored_scale(fit_ternary(group), grid::smallest_normal_half), 0}; }
+  static GroupScale fit(FitScratch& group) { return {store(fit_ternary(group)), 0}; }
 };
 
 struct AbsmeanGrid : TernaryCodes {
-  static GroupScale fit(FitScratch& group) { return {grid::stored_scale(fit_absmean(group), grid::smallest_normal_half), 0}; }
+  static GroupScale fit(FitScratch& group) { return {store(fit_absmean(group)), 0}; }
 };
 
-// One scale that covers everything; half-precision subnormals allowed, as the scale of 8-bit codes is small by nature.
+// One scale that covers everything.
 struct AbsmaxGrid : GridCodes<-127, 127, 8> {
-  static GroupScale fit(FitScratch& group) { return {grid::stored_scale(fit_absmax(group, 127), grid::smallest_half), 0}; }
+  static float store(float scale) { return store_half(scale); }
+  static GroupScale fit(FitScratch& group) { return {store(fit_absmax(group, 127)), 0}; }
+};
+
+struct Iq4Grid : GridCodes<0, 15, 4> {
+  static constexpr bool signed_scale = true;
+  static const LevelTable* levels() { return &iq4_levels(); }
+  static GroupScale fit(FitScratch& group) { return {fit_levels(group, {iq4_levels(), true, grid_starts_fine, 3, store}), 0}; }
+};
+
+// Four-bit floats E2M1 with a power of two, or with a scale of four significant bits.
+struct Mxfp4Grid : GridCodes<-7, 7, 4> {
+  static constexpr bool coarse_scale = true;
+  static constexpr std::string_view scale_type = "power of two";
+  static const LevelTable* levels() { return &e2m1_levels(); }
+  static float store(float scale) { return store_power(scale); }
+  static GroupScale fit(FitScratch& group) { return {fit_levels(group, {e2m1_levels(), false, grid_starts_twice, 0, store}), 0}; }
+};
+
+struct Nvfp4Grid : GridCodes<-7, 7, 4> {
+  static constexpr bool coarse_scale = true;
+  static constexpr std::string_view scale_type = "e4m3";
+  static const LevelTable* levels() { return &e2m1_levels(); }
+  static float store(float scale) { return store_e4m3(scale); }
+  static GroupScale fit(FitScratch& group) { return {fit_levels(group, {e2m1_levels(), false, grid_starts_fine, 3, store}), 0}; }
+};
+
+struct Fp8Grid : GridCodes<-126, 126, 8> {
+  static const LevelTable* levels() { return &e4m3_levels(); }
+  static float store(float scale) { return store_half(scale); }
+  static GroupScale fit(FitScratch& group) { return {store(fit_absmax(group, 448)), 0}; }
 };
 
 template <int Low, int High, int Bits, bool BothSigns>
@@ -150,6 +183,22 @@ KOMPAKT_LANES void grid_code_group(const float* w, std::int64_t n, float inverse
 }
 
 template <class Row>
+void grid_code_row(const float* w, std::int64_t n, const GroupScale& s, std::int8_t* codes) {
+  const LevelTable* levels = Row::levels();
+  const float inverse = grid::inverse_scale(s.scale);
+  if (!levels) return grid_code_group(w, n, inverse, s.offset, Row::low, Row::high, codes);
+  for (std::int64_t i = 0; i < n; ++i) codes[i] = static_cast<std::int8_t>(levels->nearest(grid::multiply_rounded(grid::add_rounded(w[i], -s.offset), inverse)));
+}
+
+template <class Row>
+void grid_round_row(const float* w, std::int64_t n, const GroupScale& s, float* out) {
+  const LevelTable* levels = Row::levels();
+  const float inverse = grid::inverse_scale(s.scale);
+  if (!levels) return grid_round_group(w, n, s.scale, inverse, s.offset, Row::low, Row::high, out);
+  for (std::int64_t i = 0; i < n; ++i) out[i] = grid::decode_value(levels->value(levels->nearest(grid::multiply_rounded(grid::add_rounded(w[i], -s.offset), inverse))), s.scale, s.offset);
+}
+
+template <class Row>
 Quantized grid_encode(const at::Tensor& w, std::int64_t group, const at::Tensor& importance) {
   const GridShape shape = grid_shape(w, group);
   const at::Tensor input = grid_input(w);
@@ -172,7 +221,7 @@ Quantized grid_encode(const at::Tensor& w, std::int64_t group, const at::Tensor&
         const GroupScale s = grid_fit_checked(Row::fit, scratch, row, weights ? weights + first : nullptr, n, r);
         scales[r * shape.groups + g] = s.scale;
         if (offsets) offsets[r * shape.groups + g] = s.offset;
-        grid_code_group(row, n, grid::inverse_scale(s.scale), s.offset, Row::low, Row::high, codes + r * shape.columns + first);
+        grid_code_row<Row>(row, n, s, codes + r * shape.columns + first);
       }
   });
   if (w.device().is_cpu()) return q;
@@ -195,7 +244,7 @@ at::Tensor grid_round(const at::Tensor& w, std::int64_t group, const at::Tensor&
       for (std::int64_t first = 0; first < shape.columns; first += shape.group) {
         const std::int64_t n = std::min(shape.group, shape.columns - first), at = r * shape.columns + first;
         const GroupScale s = grid_fit_checked(Row::fit, scratch, in + at, weights ? weights + first : nullptr, n, r);
-        grid_round_group(in + at, n, s.scale, grid::inverse_scale(s.scale), s.offset, Row::low, Row::high, out + at);
+        grid_round_row<Row>(in + at, n, s, out + at);
       }
   });
   return w.device().is_cpu() ? result : result.to(w.device());
@@ -215,8 +264,7 @@ at::Tensor grid_codes_for(const at::Tensor& w, const at::Tensor& scales, const a
     for (std::int64_t r = begin; r < end; ++r)
       for (std::int64_t g = 0; g < shape.groups; ++g) {
         const std::int64_t first = g * shape.group, n = std::min(shape.group, shape.columns - first), k = r * shape.groups + g;
-        grid_code_group(in + r * shape.columns + first, n, grid::inverse_scale(scale[k]), offset ? offset[k] : 0.0f, Row::low, Row::high,
-                        codes + r * shape.columns + first);
+        grid_code_row<Row>(in + r * shape.columns + first, n, {scale[k], offset ? offset[k] : 0.0f}, codes + r * shape.columns + first);
       }
   });
   return w.device().is_cpu() ? result : result.to(w.device());
@@ -257,9 +305,9 @@ struct GridText {
 
 template <class Row>
 Grid grid_row(const GridText& text) {
-  return {text.name, text.summary, text.code_bits, Row::low, Row::high, Row::asymmetric, text.default_group, text.group_fixed, "f16", text.ggml_type,
+  return {text.name, text.summary, text.code_bits, Row::low, Row::high, Row::asymmetric, text.default_group, text.group_fixed, Row::scale_type, text.ggml_type,
           text.for_embeddings, text.gaussian_error, grid_encode<Row>, grid_codes_for<Row>, grid_pack<Row>, grid_unpack<Row>, grid_round<Row>, Row::layout,
-          Row::fit, Row::signed_scale, Row::integer_zero};
+          Row::fit, Row::signed_scale, Row::levels(), Row::store, Row::coarse_scale, Row::integer_zero};
 }
 
 using Int4Grid = UniformGrid<-8, 7, 4, false>;
@@ -276,6 +324,7 @@ const std::vector<Grid>& grid_table() {
       grid_row<UniformGrid<-4, 3, 3, true>>({"int3_signed", "3 bits, symmetric, signed scale", 3, 64, false, "", false, 0.035}),
       grid_row<UniformGrid<-2, 1, 2, false>>({"int2", "2 bits, symmetric, scale by least squares", 2, 64, false, "", false, 0.16}),
       grid_row<OffsetGrid<15, 4, true>>({"int4_asym", "4 bits with an integer zero point", 4, 64, false, "", true, 0.0098}),
+      grid_row<OffsetGrid<7, 3, true>>({"int3_asym", "3 bits with an integer zero point", 3, 64, false, "", false, 0.042}),
       grid_row<OffsetGrid<3, 2, true>>({"int2_asym", "2 bits with an integer zero point", 2, 64, false, "", false, 0.16}),
       grid_row<TernaryGrid>({"ternary", "-1, 0, 1 times a scale: the exact least-squares fit of every group", 1.6, 64, false, "", false, 0.190}),
       grid_row<AbsmeanGrid>({"ternary_absmean", "-1, 0, 1 times the mean magnitude (the rule of BitNet b1.58): a control, not for use", 1.6, 0, false, "", false, 0.28}),
@@ -285,6 +334,10 @@ const std::vector<Grid>& grid_table() {
       grid_row<OffsetGrid<31, 5, false>>({"q5_1", "GGUF Q5_1: 5 bits with a minimum, groups of 32", 5, 32, true, "Q5_1", true, 0.0018}),
       grid_row<Int4SignedGrid>({"q4_0", "GGUF Q4_0: 4 bits, signed scale, groups of 32", 4, 32, true, "Q4_0", true, 0.0078}),
       grid_row<OffsetGrid<15, 4, false>>({"q4_1", "GGUF Q4_1: 4 bits with a minimum, groups of 32", 4, 32, true, "Q4_1", true, 0.0070}),
+      grid_row<Iq4Grid>({"iq4_nl", "GGUF IQ4_NL: 16 uneven levels, denser near zero, signed scale, groups of 32", 4, 32, true, "IQ4_NL", true, 0.0068}),
+      grid_row<Mxfp4Grid>({"mxfp4", "MXFP4: floats E2M1 times a power of two, groups of 32", 4, 32, true, "MXFP4", true, 0.016}),
+      grid_row<Nvfp4Grid>({"nvfp4", "NVFP4: floats E2M1 times an E4M3 scale, groups of 16", 4, 16, true, "", true, 0.0095}),
+      grid_row<Fp8Grid>({"fp8_e4m3", "floats E4M3, scale from the largest weight of the row", 8, 0, false, "", true, 0.0009}),
       grid_row<FourLevelGrid>({"q2_0", "GGUF Q2_0: -1, 0, 1, 2 times a signed scale, groups of 64", 2, 64, true, "Q2_0", false, 0.130}),
       grid_row<TernaryGrid>({"tq1_0", "GGUF TQ1_0: ternary, groups of 256, 1.69 bits", 1.6, 256, true, "TQ1_0", false, 0.194}),
       grid_row<TernaryGrid>({"tq2_0", "GGUF TQ2_0: ternary, groups of 256, 2.06 bits", 1.6, 256, true, "TQ2_0", false, 0.194}),
@@ -350,6 +403,7 @@ at::Tensor decode(const GridSpec& spec, const Quantized& q) {
   TORCH_CHECK(q.scales.size(0) == rows && q.scales.size(1) == shape.groups, "scales do not fit the codes");
   const at::Tensor c = q.codes.to(at::kCPU).contiguous(), s = grid_input(q.scales), o = q.offsets.defined() ? grid_input(q.offsets) : at::Tensor();
   at::Tensor result = at::empty({rows, columns}, at::kFloat);
+  const CodeRule rule(*spec.grid);
   const std::int8_t* codes = c.data_ptr<std::int8_t>();
   const float* scales = s.data_ptr<float>();
   const float* offsets = o.defined() ? o.data_ptr<float>() : nullptr;
@@ -358,10 +412,18 @@ at::Tensor decode(const GridSpec& spec, const Quantized& q) {
     for (std::int64_t r = begin; r < end; ++r)
       for (std::int64_t k = 0; k < columns; ++k) {
         const std::int64_t g = r * shape.groups + k / shape.group;
-        out[r * columns + k] = grid::decode_value(static_cast<float>(codes[r * columns + k]), scales[g], offsets ? offsets[g] : 0.0f);
+        out[r * columns + k] = grid::decode_value(rule.value(static_cast<float>(codes[r * columns + k])), scales[g], offsets ? offsets[g] : 0.0f);
       }
   });
   return q.codes.device().is_cpu() ? result : result.to(q.codes.device());
+}
+
+at::Tensor code_values(const Grid& grid, const at::Tensor& codes) {
+  if (!grid.levels) return codes.to(at::kFloat);
+  const at::Tensor c = codes.to(at::kCPU).contiguous();
+  at::Tensor result = at::empty(c.sizes(), at::kFloat);
+  for (std::int64_t i = 0; i < c.numel(); ++i) result.data_ptr<float>()[i] = grid.levels->value(c.data_ptr<std::int8_t>()[i]);
+  return result;
 }
 
 }  // namespace kompakt

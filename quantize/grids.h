@@ -25,6 +25,7 @@ struct Quantized {
 };
 
 struct GridSpec;
+class LevelTable;
 
 struct Grid {
   std::string_view name;      // "ternary", "int8", "int4", "q2_0", ...
@@ -34,7 +35,7 @@ struct Grid {
   bool asymmetric;            // has offsets
   std::int64_t default_group; // 0 = one scale per row
   bool group_fixed;           // the format dictates the group
-  std::string_view scale_type;// "f16", "f32", "6-bit in super-blocks"
+  std::string_view scale_type;// "f16", "power of two", "e4m3"
   std::string_view ggml_type; // GGUF type that holds it exactly, or ""
   bool for_embeddings;
   double gaussian_error;      // largest relative squared error on N(0,1) that a test may see at the default group
@@ -51,6 +52,9 @@ struct Grid {
   // Scale and offset of one loaded group (group_fit.h), as encode finds them: for methods that work row by row.
   GroupScale (*fit)(FitScratch& group);
   bool signed_scale;          // a negative scale is part of the grid
+  const LevelTable* levels;   // what codes stand for where that is not the code itself (levels.h); null on even grids
+  float (*store_scale)(float);// a scale as it is stored
+  bool coarse_scale;          // stored scales are far apart: a refit must be judged after rounding
   bool integer_zero;          // asymmetric: offset = -scale * z with an integer z in code_min..code_max (else a half-precision minimum)
 };
 

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "model/parallel.h"
+#include "quantize/code_rule.h"
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"
@@ -39,23 +40,22 @@ struct TrifitChunk {
 
   // Codes as they multiply the scale: an integer zero point belongs to the code.
   at::Tensor multipliers() const {
-    at::Tensor t = codes.to(at::kFloat);
+    at::Tensor t = code_values(*spec.grid, codes);
     return spec.grid->integer_zero ? t + spread(zeros()) : t;
   }
   // offset / scale of an integer zero point.
   at::Tensor zeros() const { return at::where(scales.eq(0), at::zeros_like(scales), (offsets / at::where(scales.eq(0), at::ones_like(scales), scales)).round()); }
   at::Tensor spread(const at::Tensor& per_group) const { return per_group.repeat_interleave(group, 1).slice(1, 0, columns); }
   at::Tensor decoded() const {
-    at::Tensor w = codes.to(at::kFloat) * spread(scales);
+    at::Tensor w = code_values(*spec.grid, codes) * spread(scales);
     return offsets.defined() ? w + spread(offsets) : w;
   }
 };
 
 // Scales and offsets as they are stored.
 void trifit_round(const GridSpec& spec, at::Tensor& scales) {
-  const float smallest = spec.grid->code_bits >= 8 ? grid::smallest_half : grid::smallest_normal_half;
   float* s = scales.data_ptr<float>();
-  for (std::int64_t i = 0; i < scales.numel(); ++i) s[i] = grid::stored_scale(s[i], smallest);
+  for (std::int64_t i = 0; i < scales.numel(); ++i) s[i] = spec.grid->store_scale(s[i]);
 }
 
 void trifit_round_offsets(at::Tensor& offsets) {
@@ -124,7 +124,7 @@ void trifit_refit(TrifitChunk& c, bool stored) {
 // One cyclic pass over the codes of every row. The objective before and after comes with it for free.
 std::pair<double, double> trifit_descend(TrifitChunk& c) {
   const Grid& grid = *c.spec.grid;
-  const float low = static_cast<float>(grid.code_min), high = static_cast<float>(grid.code_max);
+  const CodeRule rule(grid);
   at::Tensor values = c.decoded().contiguous(), residual = at::matmul(values - c.weight, c.hessian).contiguous();
   float* w = values.data_ptr<float>();
   float* r = residual.data_ptr<float>();
@@ -144,8 +144,8 @@ std::pair<double, double> trifit_descend(TrifitChunk& c) {
       for (std::int64_t j = g * c.group; j < end; ++j) {
         const std::int64_t at = row * c.columns + j;
         const float target = w[at] - rr[j] / h[j * c.columns + j];
-        const float code = grid::nearest_code(target, inverse, offset, low, high);
-        const float value = grid::decode_value(code, scale, offset), delta = value - w[at];
+        const float code = rule.nearest(target, inverse, offset);
+        const float value = grid::decode_value(rule.value(code), scale, offset), delta = value - w[at];
         if (delta == 0) continue;
         // Nearest by rounding and nearest by value may differ at a tie: only a real gain changes a code.
         const float gain = delta * (2 * rr[j] + delta * h[j * c.columns + j]);
@@ -183,7 +183,7 @@ void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec&
       };
       const at::Tensor error = c.decoded() - c.weight;
       *out++ = (at::matmul(error, h).to(at::kDouble) * error.to(at::kDouble)).sum().item<double>();
-      for (std::int64_t round = 0; round < rounds; ++round) trifit_refit(c, false), descend();
+      for (std::int64_t round = 0; round < rounds; ++round) trifit_refit(c, spec.grid->coarse_scale), descend();
       // Scales as they are stored: a refit judged after its rounding, or the plain rounding of what there is.
       trifit_refit(c, true);
       const at::Tensor zeros = spec.grid->integer_zero ? c.zeros() : at::Tensor();
