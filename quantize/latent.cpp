@@ -61,6 +61,7 @@ struct LatentFunction : public torch::autograd::Function<LatentFunction> {
 }  // namespace
 
 LatentGrid latent_grid(const GridSpec& spec, const Quantized& start) {
+  TORCH_CHECK(spec.grid->levels == nullptr, "latents need even levels, those of grid ", std::string(spec.grid->name), " are not");
   TORCH_CHECK(start.scales.size(1) > 0 && start.codes.size(1) % start.scales.size(1) == 0, "latents need groups of equal size");
   LatentGrid grid{spec, start.scales.detach().clone(), {}, {}};
   if (!start.offsets.defined()) return grid;
