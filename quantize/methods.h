@@ -38,6 +38,8 @@ struct LayerResult {
 };
 
 LayerResult quantize_rtn(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
+// Round to nearest with HQQ's zero points on asymmetric grids; other grids as quantize_rtn.
+LayerResult quantize_hqq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // GPTQ (Frantar et al. 2022) with scales refitted on the compensated weights at the start of every group. With act_order
 // groups are visited by falling input energy and columns likewise inside a group, so that no index has to be stored.
 LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
@@ -61,7 +63,7 @@ at::Tensor inverse_factor(const at::Tensor& hessian);
 
 struct QuantizationMethod {
   std::string_view name, summary;
-  bool needs_calibration, needs_train;
+  bool needs_calibration, needs_train, needs_asymmetric;
   LayerResult (*quantize)(const LayerInput&, const GridSpec&, const LayerOptions&);  // the final encode for trained methods
 };
 std::span<const QuantizationMethod> quantization_methods();

@@ -88,6 +88,12 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
     const auto names = quantization_method_names();
     problems.add(Error(str("unknown method \"", options.method, "\"", did_you_mean(options.method, names))).at("quantize.method").given(options.method).allowed(join(names, ", ")));
   }
+  if (method && method->needs_asymmetric && !weights.asymmetric) {
+    std::vector<std::string> names;
+    for (const Grid& grid : grids())
+      if (grid.asymmetric) names.emplace_back(grid.name);
+    problems.add(Error(str("method ", method->name, " moves zero points, and grid \"", weights.name, "\" has none")).at("quantize.method").given(options.method).allowed(str("weights: ", join(names, ", "))).hint("take a grid with an offset, or method: rtn"));
+  }
   if (options.basis.untie && options.basis.basis != "hadamard") problems.add(Error(str("untie serves basis hadamard alone, and basis is ", options.basis.basis)).at("quantize.untie").given("true").allowed("false").hint("leave the key out"));
   problems.throw_if_any("the quantize stage cannot be planned");
 

@@ -13,10 +13,11 @@ LayerResult quantize_rtn(const LayerInput& input, const GridSpec& spec, const La
 std::span<const QuantizationMethod> quantization_methods() {
   // gptq is the same function with no rounds and no target unless the recipe asks for them.
   static constexpr QuantizationMethod table[] = {
-      {"rtn", "round to nearest with the grid's own fit; no data", false, false, quantize_rtn},
-      {"gptq", "column by column, each rounding error compensated by the columns to come; needs calibration data", true, false, quantize_trifit},
-      {"trifit", "gptq towards the teacher's activations, then joint scale refit and coordinate descent over the codes", true, false, quantize_trifit},
-      {"qad", "quantization-aware distillation: training on the grid itself with straight-through gradients", false, true, quantize_rtn},
+      {"rtn", "round to nearest with the grid's own fit; no data", false, false, false, quantize_rtn},
+      {"gptq", "column by column, each rounding error compensated by the columns to come; needs calibration data", true, false, false, quantize_trifit},
+      {"trifit", "gptq towards the teacher's activations, then joint scale refit and coordinate descent over the codes", true, false, false, quantize_trifit},
+      {"qad", "quantization-aware distillation: training on the grid itself with straight-through gradients", false, true, false, quantize_rtn},
+      {"hqq", "round to nearest with zero points that forgive outliers, for grids with an offset; no data", false, false, true, quantize_hqq},
   };
   return table;
 }

@@ -61,7 +61,8 @@ class QuantizeRun {
     const auto start = std::chrono::steady_clock::now();
     LayerResult layer;
     try {
-      layer = quantize_rtn({tensor.weight->detach(), {}, {}}, planned->second, layer_options_);
+      // Embedding and head by rounding; data-free methods round everything themselves.
+      layer = (method_.needs_calibration ? quantize_rtn : method_.quantize)({tensor.weight->detach(), {}, {}}, planned->second, layer_options_);
     } catch (Error& error) {
       throw error.place().empty() ? error.at(tensor.name) : error;
     }

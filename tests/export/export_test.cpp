@@ -12,7 +12,11 @@
 #include "formats/ggml_blocks.h"
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
+#include "model/families.h"
+#include "quantize/stage.h"
 #include "tests/support.h"
+
+#include <utility>
 
 using namespace kompakt;
 using namespace kompakt::testing;
@@ -154,5 +158,43 @@ TEST_CASE("every exporter says why or writes something that its own reader opens
     const TemporaryFolder folder;
     exporter.write(fixture.request(), folder.path());
     check_equal(fixture.model, *exporter.reopen(folder.path()));
+  }
+}
+
+TEST_CASE("a model in another basis is a plain model of its family in every format", "[export][basis]") {
+  struct Row {
+    const char *family, *basis;
+    bool untie;
+  };
+  for (const Row& row : {Row{"llama", "fold", false}, Row{"llama", "hadamard", true}, Row{"gemma3_text", "hadamard", false}, Row{"qwen3", "fold", false}}) {
+    INFO(row.family << " " << row.basis);
+    Json json = export_config("llama");
+    json["model_type"] = row.family, json["head_dim"] = 64;
+    json.erase("hidden_act");  // the family's own
+    Transformer model(config_from_json(json, row.family), 11);
+    for (const NamedParameter& parameter : model.parameters())
+      if (parameter.value->dim() == 1) *parameter.value = *parameter.value + 0.1 * at::sin(at::arange(parameter.value->numel(), at::kFloat));
+    QuantizeOptions options;
+    options.weights = "q8_0", options.embedding = "q8_0", options.head = row.untie ? "q8_0" : "none", options.basis.basis = row.basis, options.basis.untie = row.untie;
+    StageContext context;
+    const QuantizedModel quantized = quantize(model, options, {}, context);
+    QuantizedTensors tensors;
+    for (const auto& [name, values] : quantized.tensors) tensors[name] = {quantized.plan.tensors.at(name), values};
+    CHECK(model.blocks[1].mlp_norm.weight.eq(model.config().family->norm_plus_one ? 0 : 1).all().item<bool>());
+    for (const Exporter& exporter : exporters()) {
+      INFO(std::string(exporter.name));
+      REQUIRE(exporter.obstacles(model.config(), quantized.plan.tensors).empty());
+      const TemporaryFolder folder;
+      exporter.write({model, tensors, "test", {}}, folder.path());
+      const auto reopened = exporter.reopen(folder.path());
+      if (model.config().family->norm_plus_one) {  // GGUF holds 1 + w in float32, which rounds w
+        const auto left = std::as_const(model).parameters(), right = std::as_const(*reopened).parameters();
+        REQUIRE(left.size() == right.size());
+        for (std::size_t i = 0; i < left.size(); ++i) CHECK((left[i].second - right[i].second).abs().max().item<float>() < 1.2e-7f);
+      } else {
+        check_equal(model, *reopened);
+      }
+      CHECK(reopened->config().tied == !row.untie);
+    }
   }
 }

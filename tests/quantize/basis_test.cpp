@@ -246,4 +246,44 @@ TEST_CASE("losses on inner states are refused when the stream is rotated", "[qua
   CHECK(model->final_norm.weight.eq(1).all().item<bool>());
 }
 
+namespace {
+
+// Divergence of the model after the stage from what it was before, over the text of tiny_text.
+double basis_divergence(const Transformer& model, const QuantizeOptions& options) {
+  const at::NoGradGuard no_grad;
+  const TaskData data = testing::tiny_text();
+  StageContext context;
+  context.data = &data;
+  const auto copy = model.clone();
+  quantize(*copy, options, {}, context);
+  const ModelInput input = testing::tiny_input({data.calibration[0], data.calibration[1], data.calibration[2]});
+  const at::Tensor p = at::log_softmax(model.forward(input).to(at::kDouble), -1), q = at::log_softmax(copy->forward(input).to(at::kDouble), -1);
+  return (p.exp() * (p - q)).sum(-1).mean().item<double>();
+}
+
+std::vector<Linear*> basis_readers(Block& block) { return {&block.attention.query, &block.attention.key, &block.attention.value, &block.mlp.gate, &block.mlp.up}; }
+
+}  // namespace
+
+TEST_CASE("log-normal factors between norms and linears are repaired by folding", "[quantize][basis][stage]") {
+  auto model = testing::tiny_decoder(9);
+  QuantizeOptions options = basis_options("none", "int8");  // fine enough that divergence is in proportion to the error
+  options.group = 0;
+  const double clean = basis_divergence(*model, options);
+  const CounterRandom random(4, "tear");
+  for (Block& block : model->blocks) {
+    at::Tensor factor = at::empty({24}, at::kFloat);
+    for (std::int64_t i = 0; i < 24; ++i) factor.data_ptr<float>()[i] = static_cast<float>(std::exp(random.normal(static_cast<std::uint64_t>(i))) * (i % 11 == 3 ? 20 : 1));
+    block.attention_norm.weight = block.attention_norm.weight * factor;
+    block.mlp_norm.weight = block.mlp_norm.weight * factor;
+    for (Linear* linear : basis_readers(block)) linear->weight = linear->weight / factor;
+  }
+  const double torn = basis_divergence(*model, options);
+  options.basis.basis = "fold";
+  const double folded = basis_divergence(*model, options);
+  INFO(clean << " torn " << torn << " folded " << folded);
+  CHECK(torn > 4 * clean);
+  CHECK(folded < 1.5 * clean);  // the gains of the clean model lie within 10% of one
+}
+
 }  // namespace kompakt
