@@ -10,11 +10,21 @@
 namespace kompakt {
 namespace fs = std::filesystem;
 
+namespace {
+
+constexpr std::string_view packed_formats[] = {"ternary", "four_level", "int3_signed", "int4_signed", "q4_0", "q5_0", "q8_0"};
+constexpr std::string_view gguf_formats[] = {"tq1_0", "tq2_0", "q2_0", "q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0"};
+
+bool holds_anything(const GridSpec&, std::int64_t, std::string&) { return true; }
+
+}  // namespace
+
 std::span<const Exporter> exporters() {
   static constexpr std::array<Exporter, 3> rows = {{
-      {"kompakt", "packed folder: codes and scales of every grid in one safetensors file, read by kompakt itself", false, packed_obstacles, write_packed, reopen_packed},
-      {"gguf", "GGUF v3 file for llama.cpp and its relatives (decoders)", true, gguf_obstacles, write_gguf_model, reopen_gguf},
-      {"safetensors", "plain Hugging Face folder with the decoded weights: loads everywhere, saves no bytes", false, plain_obstacles, write_plain, reopen_plain},
+      {"kompakt", "packed folder: codes and scales of every grid in one safetensors file, read by kompakt itself", false, packed_obstacles, write_packed, reopen_packed, holds_anything,
+       packed_tensor_bytes, packed_file_bytes, packed_formats},
+      {"gguf", "GGUF v3 file for llama.cpp and its relatives (decoders)", true, gguf_obstacles, write_gguf_model, reopen_gguf, gguf_holds, gguf_tensor_bytes, gguf_model_bytes, gguf_formats},
+      {"safetensors", "plain Hugging Face folder with the decoded weights: loads everywhere, saves no bytes", false, plain_obstacles, write_plain, reopen_plain, holds_anything, nullptr, nullptr, {}},
   }};
   return rows;
 }

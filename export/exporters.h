@@ -26,6 +26,15 @@ struct ExportRequest {
   std::vector<std::pair<std::string, GgufValue>> gguf_tokenizer;  // tokenizer.* keys, for GGUF
 };
 
+// What decides the size of an artifact before its weights are known.
+struct ArtifactShape {
+  const Transformer& model;  // weights as they are now, or shapes alone (meta)
+  const std::map<std::string, GridSpec>& plan;
+  std::string name;
+  bool halves;               // matrices without a grid will be half-precision values
+  const std::vector<std::pair<std::string, GgufValue>>& gguf_tokenizer;
+};
+
 struct Exporter {
   std::string_view name;     // as in a recipe's formats
   std::string_view summary;
@@ -36,6 +45,13 @@ struct Exporter {
   void (*write)(const ExportRequest& request, const std::filesystem::path& folder);
   // A reader of its own that shares no state with the writer. Weights come back as float32.
   std::unique_ptr<Transformer> (*reopen)(const std::filesystem::path& folder);
+  // Whether rows of a length can be stored on a grid; `why` says why not.
+  bool (*holds)(const GridSpec& spec, std::int64_t columns, std::string& why);
+  // Sizes, for allocation under a byte budget; null where a grid saves no bytes. The file's does not count tokenizer files that
+  // lie beside it; the sum over tensors differs from it by a constant, give or take a few bytes of offsets in a header.
+  std::int64_t (*tensor_bytes)(const GridSpec& spec, std::int64_t rows, std::int64_t columns);
+  std::int64_t (*file_bytes)(const ArtifactShape& shape);
+  std::span<const std::string_view> budget_formats;  // grids to choose among when the recipe names none
 };
 
 std::span<const Exporter> exporters();
@@ -50,12 +66,17 @@ bool is_packed(const std::filesystem::path& folder);
 
 // The rows' functions, one file each.
 std::vector<std::string> packed_obstacles(const ModelConfig& config, const std::map<std::string, GridSpec>& plan);
+std::int64_t packed_tensor_bytes(const GridSpec& spec, std::int64_t rows, std::int64_t columns);
+std::int64_t packed_file_bytes(const ArtifactShape& shape);
 void write_packed(const ExportRequest& request, const std::filesystem::path& folder);
 std::unique_ptr<Transformer> reopen_packed(const std::filesystem::path& folder);
 std::vector<std::string> plain_obstacles(const ModelConfig& config, const std::map<std::string, GridSpec>& plan);
 void write_plain(const ExportRequest& request, const std::filesystem::path& folder);
 std::unique_ptr<Transformer> reopen_plain(const std::filesystem::path& folder);
 std::vector<std::string> gguf_obstacles(const ModelConfig& config, const std::map<std::string, GridSpec>& plan);
+bool gguf_holds(const GridSpec& spec, std::int64_t columns, std::string& why);
+std::int64_t gguf_tensor_bytes(const GridSpec& spec, std::int64_t rows, std::int64_t columns);
+std::int64_t gguf_model_bytes(const ArtifactShape& shape);
 void write_gguf_model(const ExportRequest& request, const std::filesystem::path& folder);
 std::unique_ptr<Transformer> reopen_gguf(const std::filesystem::path& folder);
 

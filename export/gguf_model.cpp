@@ -51,7 +51,7 @@ std::uint32_t gguf_file_type(const std::vector<GgufTensor>& tensors) {
     std::string_view type;
     std::uint32_t value;
   };
-  constexpr Row rows[] = {{"F32", 0}, {"F16", 1}, {"Q4_0", 2}, {"Q4_1", 3}, {"Q8_0", 7}, {"Q5_0", 8}, {"Q5_1", 9}, {"TQ1_0", 36}, {"TQ2_0", 37}};
+  constexpr Row rows[] = {{"F32", 0}, {"F16", 1}, {"Q4_0", 2}, {"Q4_1", 3}, {"Q8_0", 7}, {"Q5_0", 8}, {"Q5_1", 9}, {"IQ4_NL", 25}, {"TQ1_0", 36}, {"TQ2_0", 37}};
   std::map<std::string_view, std::size_t> bytes;
   for (const GgufTensor& tensor : tensors) bytes[tensor.type->name] += tensor.name == "token_embd.weight" ? 0 : tensor.bytes.size();
   const auto most = std::max_element(bytes.begin(), bytes.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
@@ -107,9 +107,11 @@ GgufTensor gguf_tensor(std::string name, const GgmlType* type, std::vector<std::
   return tensor;
 }
 
+bool gguf_fits_half(const at::Tensor& plain) { return plain.dim() > 1 && at::equal(plain.to(at::kHalf).to(at::kFloat), plain); }
+
 GgufTensor gguf_float_tensor(const std::string& name, const at::Tensor& value) {
   const at::Tensor plain = value.detach().to(at::kCPU, at::kFloat).contiguous();
-  const bool half = plain.dim() > 1 && at::equal(plain.to(at::kHalf).to(at::kFloat), plain);
+  const bool half = gguf_fits_half(plain);
   const at::Tensor stored = half ? plain.to(at::kHalf) : plain;
   std::vector<std::byte> bytes(static_cast<std::size_t>(stored.nbytes()));
   std::memcpy(bytes.data(), stored.const_data_ptr(), bytes.size());
@@ -141,6 +143,38 @@ std::vector<std::string> gguf_obstacles(const ModelConfig& config, const std::ma
     if (found != plan.end() && !exact_ggml_type(found->second, value.size(1), why)) obstacles.push_back(str(name, ": ", why));
   }
   return obstacles;
+}
+
+bool gguf_holds(const GridSpec& spec, std::int64_t columns, std::string& why) { return exact_ggml_type(spec, columns, why) != nullptr; }
+
+std::int64_t gguf_tensor_bytes(const GridSpec& spec, std::int64_t rows, std::int64_t columns) {
+  std::string why;
+  const GgmlType* type = exact_ggml_type(spec, columns, why);
+  if (!type) throw std::logic_error("gguf_tensor_bytes: " + why);
+  return (ggml_tensor_bytes(*type, columns, rows).value() + 31) / 32 * 32;  // tensors begin at multiples of 32
+}
+
+std::int64_t gguf_model_bytes(const ArtifactShape& shape) {
+  const ModelConfig& config = shape.model.config();
+  std::vector<GgufTensor> tensors;
+  for (const auto& [parameter, value] : shape.model.parameters()) {
+    GgufTensor tensor;
+    tensor.name = gguf_name(*config.family, parameter).name;
+    tensor.shape = value.sizes().vec();
+    const auto found = shape.plan.find(ends_with(parameter, ".weight") ? parameter.substr(0, parameter.size() - 7) : parameter);
+    std::string why;
+    if (found != shape.plan.end())
+      tensor.type = exact_ggml_type(found->second, value.size(1), why);
+    else
+      tensor.type = find_ggml_type(value.dim() > 1 && (shape.halves || value.is_meta() || gguf_fits_half(value.detach().to(at::kCPU, at::kFloat))) ? "F16" : "F32");
+    if (!tensor.type) throw std::logic_error("gguf_model_bytes: " + why);
+    tensors.push_back(std::move(tensor));
+  }
+  if (config.rope.scaling == "llama3") tensors.push_back(gguf_rope_factors(config.rope, config.head_dim));
+  Metadata metadata = gguf_metadata(config, shape.name);
+  metadata.emplace_back("general.file_type", GgufValue::uint32(0));
+  metadata.insert(metadata.end(), shape.gguf_tokenizer.begin(), shape.gguf_tokenizer.end());
+  return gguf_file_bytes(metadata, tensors);
 }
 
 void write_gguf_model(const ExportRequest& request, const fs::path& folder) {

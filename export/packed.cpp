@@ -93,6 +93,40 @@ at::Tensor packed_decode(const SafetensorsFile& file, const std::string& name, c
 
 std::vector<std::string> packed_obstacles(const ModelConfig&, const std::map<std::string, GridSpec>&) { return {}; }
 
+std::int64_t packed_tensor_bytes(const GridSpec& spec, std::int64_t rows, std::int64_t columns) {
+  // An integer zero point is written as the offset that it stands for, scale times zero: a float32, as a half rarely holds it.
+  const std::int64_t side = 2 + (spec.grid->asymmetric ? (spec.grid->integer_zero ? 4 : 2) : 0);
+  return rows * (spec.grid->layout.row_bytes(columns) + side * spec.scale_count(columns));
+}
+
+std::int64_t packed_file_bytes(const ArtifactShape& shape) {
+  std::vector<TensorData> tensors;
+  Json table = Json::object();
+  const auto add = [&](const std::string& name, DType type, std::vector<std::int64_t> sizes) {
+    TensorData tensor;
+    tensor.name = name, tensor.dtype = type, tensor.shape = std::move(sizes);
+    tensor.bytes = {static_cast<const std::byte*>(nullptr), static_cast<std::size_t>(tensor.elements()) * size_of(type)};
+    tensors.push_back(std::move(tensor));
+  };
+  for (const auto& [parameter, value] : shape.model.parameters()) {
+    const std::string owner = packed_owner(parameter);
+    const auto found = shape.plan.find(owner);
+    if (found == shape.plan.end()) {
+      add(parameter, shape.halves || value.is_meta() || packed_fits_half(value.detach().to(at::kCPU, at::kFloat)) ? DType::f16 : DType::f32, value.sizes().vec());
+      continue;
+    }
+    const GridSpec& spec = found->second;
+    const std::int64_t rows = value.size(0), columns = value.size(1), groups = spec.scale_count(columns);
+    add(owner + ".codes", DType::u8, {rows * spec.grid->layout.row_bytes(columns)});
+    add(owner + ".scales", DType::f16, {rows, groups});
+    if (spec.grid->asymmetric) add(owner + ".offsets", spec.grid->integer_zero ? DType::f32 : DType::f16, {rows, groups});
+    table[owner] = Json{{"grid", spec.grid->name}, {"group", spec.group}, {"rows", rows}, {"columns", columns}};
+  }
+  Json config = config_to_json(shape.model.config());
+  config["kompakt"]["packed"] = Json{{"version", packed_version}, {"tensors", std::move(table)}};
+  return safetensors_file_bytes(std::move(tensors), {{"format", "kompakt-packed"}}) + static_cast<std::int64_t>(dump_json(config).size());
+}
+
 void write_packed(const ExportRequest& request, const fs::path& folder) {
   std::vector<TensorData> tensors;
   Json table = Json::object();

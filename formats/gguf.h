@@ -75,4 +75,7 @@ class GgufFile {
 // match type and shape. Equal input, equal bytes; a file of version 3 in tensor order is reproduced byte for byte.
 void write_gguf(const std::filesystem::path& path, const std::vector<std::pair<std::string, GgufValue>>& metadata, const std::vector<GgufTensor>& tensors);
 
+// Size of the file that write_gguf would write; tensors need name, type and shape, no bytes.
+std::int64_t gguf_file_bytes(const std::vector<std::pair<std::string, GgufValue>>& metadata, const std::vector<GgufTensor>& tensors);
+
 }  // namespace kompakt

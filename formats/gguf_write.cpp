@@ -54,12 +54,16 @@ void check_tensor(const GgufTensor& tensor, const std::filesystem::path& path) {
   if (!bytes || static_cast<std::size_t>(*bytes) != tensor.bytes.size()) throw std::logic_error("write_gguf: bytes do not match type and shape of \"" + tensor.name + "\"");
 }
 
-}  // namespace
+std::size_t write_padding(std::uint64_t size, std::uint64_t alignment) { return static_cast<std::size_t>((alignment - size % alignment) % alignment); }
 
-void write_gguf(const std::filesystem::path& path, const std::vector<std::pair<std::string, GgufValue>>& metadata, const std::vector<GgufTensor>& tensors) {
-  check_names(path, metadata, tensors);
-  const std::uint64_t alignment = write_alignment(path, metadata);
-  const auto padding = [&](std::uint64_t size) { return static_cast<std::size_t>((alignment - size % alignment) % alignment); };
+// Bytes that type and shape ask for.
+std::uint64_t write_size(const GgufTensor& tensor) {
+  const std::int64_t row = tensor.shape.empty() ? 1 : tensor.shape.back();
+  return static_cast<std::uint64_t>(ggml_tensor_bytes(*tensor.type, row, tensor.elements() / row).value());
+}
+
+// Everything before the data of the first tensor.
+std::string write_head(const std::vector<std::pair<std::string, GgufValue>>& metadata, const std::vector<GgufTensor>& tensors, std::uint64_t alignment) {
   std::string head = "GGUF";
   append_little_endian(head, std::uint32_t{3});
   append_little_endian(head, static_cast<std::uint64_t>(tensors.size()));
@@ -70,20 +74,35 @@ void write_gguf(const std::filesystem::path& path, const std::vector<std::pair<s
   }
   std::uint64_t offset = 0;
   for (const GgufTensor& tensor : tensors) {
-    check_tensor(tensor, path);
     append_gguf_text(head, tensor.name);
     append_little_endian(head, static_cast<std::uint32_t>(tensor.shape.size()));
     for (auto size = tensor.shape.rbegin(); size != tensor.shape.rend(); ++size) append_little_endian(head, *size);
     append_little_endian(head, tensor.type->id);
     append_little_endian(head, offset);
-    offset += tensor.bytes.size() + padding(tensor.bytes.size());
+    offset += write_size(tensor) + write_padding(write_size(tensor), alignment);
   }
-  head.append(padding(head.size()), '\0');
+  head.append(write_padding(head.size(), alignment), '\0');
+  return head;
+}
+
+}  // namespace
+
+std::int64_t gguf_file_bytes(const std::vector<std::pair<std::string, GgufValue>>& metadata, const std::vector<GgufTensor>& tensors) {
+  const std::uint64_t alignment = write_alignment({}, metadata);
+  std::uint64_t size = write_head(metadata, tensors, alignment).size();
+  for (const GgufTensor& tensor : tensors) size += write_size(tensor) + write_padding(write_size(tensor), alignment);
+  return static_cast<std::int64_t>(size);
+}
+
+void write_gguf(const std::filesystem::path& path, const std::vector<std::pair<std::string, GgufValue>>& metadata, const std::vector<GgufTensor>& tensors) {
+  check_names(path, metadata, tensors);
+  for (const GgufTensor& tensor : tensors) check_tensor(tensor, path);
+  const std::uint64_t alignment = write_alignment(path, metadata);
   AtomicFile file(path);
-  file.write(head);
+  file.write(write_head(metadata, tensors, alignment));
   for (const GgufTensor& tensor : tensors) {
     file.write(tensor.bytes);
-    file.write(std::string(padding(tensor.bytes.size()), '\0'));
+    file.write(std::string(write_padding(tensor.bytes.size(), alignment), '\0'));
   }
   file.commit();
 }

@@ -190,6 +190,13 @@ void write_safetensors(const fs::path& file, std::vector<TensorData> tensors, co
   write_ordered(file, in_file_order(std::move(tensors), file), metadata);
 }
 
+std::int64_t safetensors_file_bytes(std::vector<TensorData> tensors, const std::map<std::string, std::string>& metadata) {
+  tensors = in_file_order(std::move(tensors), {});
+  std::int64_t size = static_cast<std::int64_t>(sizeof(std::uint64_t) + write_safetensors_header(tensors, metadata).size());
+  for (const TensorData& tensor : tensors) size += static_cast<std::int64_t>(tensor.bytes.size());
+  return size;
+}
+
 void write_safetensors_sharded(const fs::path& folder, std::vector<TensorData> tensors, std::int64_t shard_bytes, const std::map<std::string, std::string>& metadata) {
   if (shard_bytes <= 0) throw Error("the size of a shard must be positive").at(folder.string()).given(str(shard_bytes));
   make_folder(folder);

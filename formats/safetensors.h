@@ -28,6 +28,8 @@ class SafetensorsFile {
 
 // Sorted by dtype alignment (descending), then name; header padded so that data starts 8-aligned. Equal input, equal bytes.
 void write_safetensors(const std::filesystem::path& file, std::vector<TensorData> tensors, const std::map<std::string, std::string>& metadata = {});
+// Size of the file that write_safetensors would write; only the sizes of `bytes` count, not what they point to.
+std::int64_t safetensors_file_bytes(std::vector<TensorData> tensors, const std::map<std::string, std::string>& metadata = {});
 // model.safetensors, or model-0000i-of-0000n.safetensors with model.safetensors.index.json when larger than `shard_bytes`.
 void write_safetensors_sharded(const std::filesystem::path& folder, std::vector<TensorData> tensors, std::int64_t shard_bytes,
                                const std::map<std::string, std::string>& metadata = {});

@@ -15,7 +15,12 @@ at::Tensor Linear::forward(const at::Tensor& x, TapSink* taps) const {
     const std::string tap = "input:" + name;
     if (taps->wants(tap)) taps->put(tap, x);
   }
-  return at::linear(input_transform ? input_transform(x) : x, effective_weight(), bias);
+  at::Tensor y = at::linear(input_transform ? input_transform(x) : x, effective_weight(), bias);
+  if (taps) {
+    const std::string tap = "output:" + name;
+    if (taps->wants(tap)) taps->put(tap, y);
+  }
+  return y;
 }
 
 at::Tensor Embedding::effective_weight() const { return transform ? transform(weight) : weight; }

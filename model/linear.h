@@ -24,7 +24,7 @@ struct Linear {
   std::int64_t in_features() const { return weight.size(1); }
   std::int64_t out_features() const { return weight.size(0); }
   at::Tensor effective_weight() const;  // transform applied
-  // x [.., in] -> [.., out]; offers "input:<name>" to the sink.
+  // x [.., in] -> [.., out]; offers "input:<name>" and "output:<name>" to the sink.
   at::Tensor forward(const at::Tensor& x, TapSink* taps = nullptr) const;
 };
 

@@ -72,6 +72,7 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
   PlanInput input{recipe};
   input.teacher = load_config(recipe.path_of(recipe.teacher.path));
   check_tokenizer_fits(*tokenizer, input.teacher, recipe.teacher.path);
+  input.tokenizer = tokenizer.get();
   const std::unique_ptr<TokenizedData> tokenized = tokenize_data(recipe, data, *tokenizer, input.teacher);
   std::vector<std::vector<std::int64_t>> texts = tokenized->task.train.ids;
   texts.insert(texts.end(), tokenized->task.train_documents.begin(), tokenized->task.train_documents.end());
@@ -108,10 +109,10 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     const std::int64_t weights = prediction.parameters * 4;
     prediction.memory_bytes = base_memory_bytes + std::max(model.memory_bytes, 2 * weights);
     prediction.seconds = model.seconds;
-    if (stage.row->name == "export") prediction.bytes = predict_packed_bytes(model.config, model.quantized);
+    if (stage.row->name == "export") prediction.bytes = model.budget_bytes > 0 ? model.budget_bytes : predict_packed_bytes(model.config, model.quantized);
     else prediction.bytes = stage.row->changes_weights ? model.bytes : 0;
     for (const auto& [name, spec] : model.quantized)
-      if (stage.row->name == "quantize") prediction.formats[name] = str(spec.grid->name, spec.group > 0 ? str(" g", spec.group) : std::string());
+      if (stage.row->name == "quantize") prediction.formats[name] = model.budget_bytes > 0 ? "decided in the run" : str(spec.grid->name, spec.group > 0 ? str(" g", spec.group) : std::string());
     prediction.notes = model.notes;
     out.push_back(std::move(prediction));
   }

@@ -65,6 +65,23 @@ void read_data(const Node& node, Recipe& recipe, Problems& problems) {
   }
 }
 
+// quantize.budget.not_larger_than becomes the size of that file: what a run depends on is the number, not the place.
+void resolve_budget(Node& options, const Recipe& recipe, Problems& problems) {
+  const Node* budget = options.find("budget");
+  if (!budget || !budget->is_map()) return;
+  const Node* other = budget->find("not_larger_than");
+  if (!other || other->scalar.empty()) return;
+  const fs::path path = recipe.path_of(other->scalar);
+  if (!fs::is_regular_file(path)) {
+    problems.add(Error("there is no file to compare the budget with").at("quantize.budget.not_larger_than").given(path.string()).hint("check the path; relative paths start at the recipe's folder"));
+    return;
+  }
+  Node resolved = *budget;
+  resolved.set("bytes", Node::text(std::to_string(fs::file_size(path))));
+  resolved.set("not_larger_than", Node::text("", true));
+  options.set("budget", std::move(resolved));
+}
+
 void read_stages(const Node& node, Recipe& recipe, Problems& problems) {
   if (!node.is_list() || node.items.empty()) {
     problems.add(Error("\"stages\" must be a list with at least one stage").at(node.is_null() ? recipe.file : node.place.text()).allowed(join(stage_names(), ", ")));
@@ -92,6 +109,7 @@ void read_stages(const Node& node, Recipe& recipe, Problems& problems) {
     Node options = bare || item.entries.front().value.is_null() ? Node::map() : item.entries.front().value;
     if (options.place.line == 0) options.place = place;
     stage.options = row->check(options, str("stage \"", name, "\""), problems);
+    resolve_budget(stage.options, recipe, problems);
     recipe.stages.push_back(std::move(stage));
   }
 }

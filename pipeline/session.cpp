@@ -80,9 +80,13 @@ Json RunSession::environment() const {
 }
 
 std::string RunSession::stage_key(const RecipeStage& stage, std::size_t index) const {
+  std::string artifact;  // a byte budget is one of the artifact: its format and the name in it count
+  if (stage.options.find("budget"))
+    for (const RecipeStage& other : recipe_.stages)
+      if (other.row->name == "export") artifact += recipe_.name + "\n" + dump_yaml(other.options);
   return sha256(str(kompakt_version, "/", stage_revision, "\n", stage.row->name, "\n", dump_yaml(stage.options), position_.key, "\n", teacher_position_.key, "\n", data_hash_, "\n",
                     recipe_.find_data("train") ? recipe_.find_data("train")->max_length : 0, "\n", recipe_.seed, "\n", stage.row->needs_train ? index : 0, "\n",
-                    stage.row->name == "export" ? recipe_.name : std::string()));
+                    stage.row->name == "export" ? recipe_.name : artifact));
 }
 
 void RunSession::load_current() {

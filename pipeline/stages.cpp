@@ -10,9 +10,11 @@
 #include "core/text.h"
 #include "distill/stage.h"
 #include "export/exporters.h"
+#include "pipeline/budget_target.h"
 #include "pipeline/recipe.h"
 #include "pipeline/stage_options.h"
 #include "prune/stage.h"
+#include "quantize/budget.h"
 #include "quantize/stage.h"
 
 namespace kompakt {
@@ -41,6 +43,7 @@ Node check_stage(const Node& node, const std::string& context, Problems& problem
   if constexpr (requires { options.objective; }) {
     if (!options.objective.is_null()) build_objectives(options.objective, {}, problems);
   }
+  if constexpr (std::is_same_v<Options, QuantizeOptions>) check_budget(options, node.place.text(), problems);
   if constexpr (std::is_same_v<Options, ExportOptions>) {
     for (const std::string& format : options.formats)
       if (!find_exporter(format)) problems.add(Error(str("unknown format \"", format, "\" in ", context, did_you_mean(format, exporter_names()))).at(node.place.text()).allowed(join(exporter_names(), ", ")));
@@ -135,6 +138,17 @@ void run_prune(const Node& node, StageRun& run) {
 
 void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model) {
   const auto options = read_stage<QuantizeOptions>(node);
+  model.budget_bytes = 0;
+  if (options.has_budget) {
+    model.config = basis_config(model.config, options.basis);
+    const Transformer shapes(model.config, 0, c10::Device(c10::kMeta));
+    const BudgetFrame frame = budget_frame(model.config, options, budget_target(input.recipe, shapes, *input.tokenizer, true));
+    model.quantized = frame.smallest, model.budget_bytes = frame.limit;
+    model.notes.push_back(frame.note());
+    if (options.method == "qad") add_training(input, options.train, true, model);
+    model.bytes = float_bytes(model.config);
+    return;
+  }
   const QuantizationPlan plan = plan_quantization(model.config, options);
   model.config = basis_config(model.config, options.basis);
   model.quantized = plan.tensors;
@@ -156,7 +170,9 @@ void round_others_to_half(Transformer& model, const QuantizedModel& quantized) {
 
 void run_quantize(const Node& node, StageRun& run) {
   const auto options = read_stage<QuantizeOptions>(node);
-  const QuantizedModel result = quantize(*run.current.model, options, options.method == "qad" ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{}, run.context);
+  const auto objectives = options.method == "qad" ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{};
+  const QuantizedModel result = options.has_budget ? quantize_within_budget(*run.current.model, options, objectives, run.context, budget_target(run.recipe, *run.current.model, *run.current.tokenizer, options.others == "f16"))
+                                                   : quantize(*run.current.model, options, objectives, run.context);
   if (options.others == "f16") round_others_to_half(*run.current.model, result);
   run.current.quantized.clear();
   for (const auto& [name, values] : result.tensors) run.current.quantized[name] = {result.plan.tensors.at(name), values};

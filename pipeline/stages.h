@@ -39,6 +39,7 @@ struct StageRun {
 struct PlannedModel {
   ModelConfig config;
   std::map<std::string, GridSpec> quantized;
+  std::int64_t budget_bytes = 0; // > 0: grids are chosen in the run, so that the artifact has at most these; `quantized` is the smallest plan
   std::int64_t bytes = 0;        // of the files that the stage writes
   std::int64_t memory_bytes = 0; // predicted peak
   double seconds = 0;            // predicted
@@ -53,6 +54,7 @@ struct PlanInput {
   std::int64_t evaluation_examples = 0;
   double gigaflops = 0;                 // measured in a moment's matrix product
   ModelConfig teacher;
+  const Tokenizer* tokenizer = nullptr;  // of the teacher
 };
 
 struct StageRow {

@@ -17,13 +17,6 @@ std::vector<std::string> plan_names_or_none() {
   return names;
 }
 
-// '*' stands for any run of characters.
-bool plan_matches(std::string_view pattern, std::string_view name) {
-  if (pattern.empty()) return name.empty();
-  if (pattern.front() == '*') return plan_matches(pattern.substr(1), name) || (!name.empty() && plan_matches(pattern, name.substr(1)));
-  return !name.empty() && pattern.front() == name.front() && plan_matches(pattern.substr(1), name.substr(1));
-}
-
 const Grid& plan_grid(const std::string& name, const char* key, Problems& problems) {
   const Grid* grid = find_grid(name);
   if (!grid) {
@@ -66,6 +59,7 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.number("teacher_target", options.teacher_target, "strength of the teacher's activations as target, 0 to 1; 0 = off, trifit takes 0.5 when 0", {.min = 0, .max = 1});
   visitor.integer("polish_rounds", options.polish_rounds, "rounds of scale refit and coordinate descent after the sweep; trifit takes 4 when 0", {.min = 0, .max = 100});
   visitor.integer("calibration_sequences", options.calibration_sequences, "training examples or text windows that the method looks at", {.min = 1});
+  visitor.section("budget", options.has_budget, "a size of the whole file: the grid of every tensor is chosen so that it fits and the predictions change least", [&](FieldVisitor& inner) { fields(inner, options.budget); });
   visitor.choice("others", options.others, "type of tensors without a grid", {"f32", "f16"});
   visitor.choice("sweep_precision", options.sweep_precision, "number type of factorization and sweep", {"float32", "float64"});
   visitor.number("warmup_strength", options.warmup_strength, "method qad: share of the steps over which quantization fades in", {.min = 0, .max = 1});
@@ -98,19 +92,15 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
   problems.throw_if_any("the quantize stage cannot be planned");
 
   Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));
-  std::vector<bool> used(options.keep_float.size(), false);
-  for (const QuantizableTensor& tensor : quantizable_tensors(shape)) {
-    bool kept = false;
-    for (std::size_t i = 0; i < options.keep_float.size(); ++i) {
-      if (!plan_matches(options.keep_float[i], tensor.name) && !plan_matches(options.keep_float[i], tensor.name + ".weight")) continue;
-      kept = used[i] = true;
-    }
+  const std::vector<QuantizableTensor> tensors = quantizable_tensors(shape);
+  const std::set<std::string> kept = kept_in_float(tensors, options.keep_float, problems);
+  for (const QuantizableTensor& tensor : tensors) {
     GridSpec spec;
     const char* key = "weights";
     if (tensor.role == QuantizableRole::linear) spec = {&weights, weights_group};
     if (tensor.role == QuantizableRole::embedding && embedding) spec = {&embedding_grid, embedding_group}, key = "embedding";
     if (tensor.role == QuantizableRole::head && head) spec = {&head_grid, head_grid.default_group}, key = "head";
-    if (!spec.grid || kept) continue;
+    if (!spec.grid || kept.count(tensor.name)) continue;
     const std::int64_t columns = tensor.weight->size(1), group = spec.group_for(columns);
     if (columns % group != 0) {
       const GridSpec other{&fallback, fallback.default_group};
@@ -130,12 +120,6 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
       spec = other;
     }
     plan.tensors[tensor.name] = spec;
-  }
-  for (std::size_t i = 0; i < used.size(); ++i) {
-    if (used[i]) continue;
-    std::vector<std::string> names;
-    for (const QuantizableTensor& tensor : quantizable_tensors(shape)) names.push_back(tensor.name);
-    problems.add(Error(str("no tensor of the model matches \"", options.keep_float[i], "\"", did_you_mean(options.keep_float[i], names))).at("quantize.keep_float").given(options.keep_float[i]).allowed("names such as " + names[names.size() / 2] + "; * stands for anything"));
   }
   problems.throw_if_any("the quantize stage does not fit the model");
   return plan;

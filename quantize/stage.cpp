@@ -22,9 +22,9 @@ namespace {
 
 class QuantizeRun {
  public:
-  QuantizeRun(Transformer& model, const QuantizeOptions& options, StageContext& context)
+  QuantizeRun(Transformer& model, const QuantizeOptions& options, StageContext& context, const QuantizationPlan* plan)
       : model_(model), options_(options), context_(context), method_(*find_quantization_method(options.method)), started_(std::chrono::steady_clock::now()) {
-    result_.plan = plan_quantization(model.config(), options);
+    result_.plan = plan ? *plan : plan_quantization(model.config(), options);
     layer_options_ = {options.damping, options.act_order, 128, options.sweep_precision == "float64", options.teacher_target, options.polish_rounds};
     if (method_.name == "trifit") {
       if (layer_options_.teacher_target == 0) layer_options_.teacher_target = 0.5;
@@ -159,10 +159,10 @@ class QuantizeRun {
 
 }  // namespace
 
-QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context) {
+QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context, const QuantizationPlan* plan) {
   if (!find_quantization_method(options.method)) plan_quantization(model.config(), options);  // throws with the list of methods
-  change_basis(model, options, objectives, context);
-  return QuantizeRun(model, options, context).run(objectives);
+  if (!plan) change_basis(model, options, objectives, context);  // who made a plan has changed the basis before
+  return QuantizeRun(model, options, context, plan).run(objectives);
 }
 
 }  // namespace kompakt

@@ -9,6 +9,7 @@
 
 #include "core/fields.h"
 #include "quantize/basis.h"
+#include "quantize/budget.h"
 #include "quantize/grids.h"
 #include "train/constraint.h"
 #include "train/context.h"
@@ -34,6 +35,8 @@ struct QuantizeOptions {
   std::string method = "rtn";       // row of the table of methods: rtn | gptq | trifit | qad
   std::string head = "none";        // grid of the classifier, or "none"
   std::vector<std::string> keep_float;  // patterns of tensors left in float
+  bool has_budget = false;              // grids of all tensors are chosen under a byte budget
+  BudgetOptions budget;
   std::string others = "f32";           // type of tensors without a grid: f32 | f16
   BasisOptions basis;
   bool allow_fallback = false;      // where a row does not fit the group: take the fallback grid and list it
@@ -72,7 +75,9 @@ std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan, doub
 
 // Puts decoded weights into `model` (so that it computes what will be deployed) and returns codes and scales.
 // The objective list for method qad is built by the pipeline from options.objective and handed in.
-QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context);
+// `plan`: which tensor takes which grid, where that is not plan_quantization's choice (a byte budget).
+QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context,
+                        const QuantizationPlan* plan = nullptr);
 
 // quantization.safetensors of a stage folder: packed codes, scales, plan. Lossless.
 void save_quantized(const QuantizedModel& quantized, const std::filesystem::path& folder);

@@ -3,7 +3,19 @@
 
 #include <stdexcept>
 
+#include "core/text.h"
+
 namespace kompakt {
+namespace {
+
+// '*' stands for any run of characters.
+bool tensors_match(std::string_view pattern, std::string_view name) {
+  if (pattern.empty()) return name.empty();
+  if (pattern.front() == '*') return tensors_match(pattern.substr(1), name) || (!name.empty() && tensors_match(pattern, name.substr(1)));
+  return !name.empty() && pattern.front() == name.front() && tensors_match(pattern.substr(1), name.substr(1));
+}
+
+}  // namespace
 
 std::vector<QuantizableTensor> quantizable_tensors(Transformer& model) {
   std::vector<QuantizableTensor> out;
@@ -18,6 +30,20 @@ QuantizableTensor find_quantizable(Transformer& model, const std::string& name) 
   for (const QuantizableTensor& tensor : quantizable_tensors(model))
     if (tensor.name == name) return tensor;
   throw std::logic_error("the model has no quantizable matrix \"" + name + "\"");
+}
+
+std::set<std::string> kept_in_float(const std::vector<QuantizableTensor>& tensors, const std::vector<std::string>& patterns, Problems& problems) {
+  std::set<std::string> kept;
+  for (const std::string& pattern : patterns) {
+    bool used = false;
+    for (const QuantizableTensor& tensor : tensors)
+      if (tensors_match(pattern, tensor.name) || tensors_match(pattern, tensor.name + ".weight")) kept.insert(tensor.name), used = true;
+    if (used) continue;
+    std::vector<std::string> names;
+    for (const QuantizableTensor& tensor : tensors) names.push_back(tensor.name);
+    problems.add(Error(str("no tensor of the model matches \"", pattern, "\"", did_you_mean(pattern, names))).at("quantize.keep_float").given(pattern).allowed("names such as " + names[names.size() / 2] + "; * stands for anything"));
+  }
+  return kept;
 }
 
 }  // namespace kompakt

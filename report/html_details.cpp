@@ -4,6 +4,7 @@
 #include <map>
 
 #include "core/text.h"
+#include "report/budget.h"
 #include "report/html.h"
 #include "report/metrics.h"
 #include "report/verdict.h"
@@ -90,6 +91,33 @@ std::string html_layers(const Json& report) {
     body += str("<details", layers->size() <= 24 ? " open" : "", "><summary>", html_escape(row->value("name", "")), " <small>", layers->size(), " layers</small></summary><div class=\"scroll\">", table, "</tbody></table></div></details>\n");
   }
   return details_section("layers", "Layers", "Each quantized tensor: how far it is from its float values, and what it costs.", body);
+}
+
+std::string html_budget(const Json& report) {
+  const auto table = [](const std::vector<std::string>& header, const std::vector<std::vector<std::string>>& rows) {
+    std::string text = "<div class=\"scroll\"><table><thead><tr>";
+    for (const std::string& cell : header) text += str("<th>", html_escape(cell), "</th>");
+    text += "</tr></thead><tbody>\n";
+    for (const auto& row : rows) {
+      text += "<tr>";
+      for (const std::string& cell : row) text += str("<td>", html_escape(cell), "</td>");
+      text += "</tr>\n";
+    }
+    return text + "</tbody></table></div>";
+  };
+  std::string body;
+  for (const BudgetView& view : budget_views(report)) {
+    body += str("<h3>", html_escape(view.stage), "</h3>");
+    for (const std::string& line : view.lines) body += str("<p>", html_escape(line), "</p>\n");
+    std::vector<ScatterPoint> points;
+    for (const auto& [bytes, divergence] : view.points)
+      if (bytes > 0) points.push_back({"", bytes, divergence, {}, {}, "stage"});
+    const std::string chart = points.size() > 1 ? svg_scatter(points, "bytes of the file", "predicted divergence", false) : std::string();
+    if (!chart.empty()) body += str("<figure><figcaption>predicted divergence against size</figcaption>", chart, "</figure>\n");
+    body += table(view.curve_header, view.curve);
+    body += str("<details><summary>formats <small>", view.formats.size(), " tensors</small></summary>", table(view.format_header, view.formats), "</details>\n");
+  }
+  return details_section("budget", "Byte budget", "Formats that were chosen for a size of the whole file, and what other sizes would give.", body);
 }
 
 std::string html_removed(const Json& report) {

@@ -1,5 +1,6 @@
 // report.md: for pull requests and mails. Text from outside is escaped for Markdown and for the HTML inside it.
 #include "core/text.h"
+#include "report/budget.h"
 #include "report/gates.h"
 #include "report/metrics.h"
 #include "report/report.h"
@@ -74,6 +75,11 @@ std::string report_markdown(const Json& report) {
     }
   }
   if (!predictions.empty()) text += str("\n## Predicted and measured\n\n", markdown_row({"stage", "figure", "predicted", "measured", "measured/predicted"}), "|---|---|--:|--:|--:|\n", predictions);
+  for (const BudgetView& view : budget_views(report)) {
+    text += markdown_list(str("Byte budget of ", view.stage), view.lines);
+    text += str("\n", markdown_row(view.curve_header), "|--:|--:|--:|---|\n");
+    for (const auto& row : view.curve) text += markdown_row(row);
+  }
   text += markdown_list("Not measured", not_measured(report));
   text += markdown_list("Warnings", markdown_texts(report.at("warnings")));
   std::vector<std::string> lineage;

@@ -2,10 +2,12 @@
 #include "tests/catch_torch.h"
 
 #include <csignal>
+#include <cstdio>
 
 #include "core/error.h"
 #include "core/json.h"
 #include "core/system.h"
+#include "core/text.h"
 #include "export/exporters.h"
 #include "pipeline/answer.h"
 #include "pipeline/plan.h"
@@ -126,4 +128,36 @@ TEST_CASE("bad data is refused before any stage runs", "[run]") {
   write_text(tiny.folder() / "test.csv", "text,category\n");
   CHECK(contains_all(error_text([&] { run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("a")}); }), {"test.csv"}));
   CHECK_FALSE(fs::exists(tiny.out("a") / "artifact"));
+}
+
+TEST_CASE("a byte budget: refused when too small before anything runs, kept to the byte by the artifact", "[run][budget]") {
+  TinySetting tiny;
+  const auto recipe = [&](const std::string& budget) {
+    tiny.write_recipe(str("\n  - finetune: {epochs: 1, batch_size: 8}\n  - quantize: {method: rtn, budget: {", budget, ", formats: [\"ternary:32\", q4_0, q8_0], tokens: 200}}\n  - export: {formats: [kompakt]}\n  - evaluate: {latency: false}\n"));
+    return read_recipe(tiny.recipe());
+  };
+  const std::string small = error_text([&] {
+    const Recipe r = recipe("bytes: 9kB");
+    predict_stages(r, load_data(r));
+  });
+  CHECK(contains_all(small, {"smallest kompakt file", "quantize.budget", "to do"}));
+  CHECK(contains_all(error_text([&] { recipe("bytes: 40kB, bits_per_weight: 3"); }), {"a budget is one size", "several"}));
+  CHECK(contains_all(error_text([&] { recipe("not_larger_than: nowhere.gguf"); }), {"nowhere.gguf", "no file to compare"}));
+  std::int64_t low = 0, high = 0;
+  REQUIRE(std::sscanf(small.substr(small.find("allowed")).c_str(), "allowed: %ld to %ld", &low, &high) == 2);
+  const std::int64_t limit = (low + high) / 2;
+  write_text(tiny.folder() / "other.bin", std::string(static_cast<std::size_t>(limit), 'x'));
+  const Recipe chosen = recipe("not_larger_than: other.bin");
+  CHECK(chosen.stages[1].options.find("budget")->find("bytes")->scalar == std::to_string(limit));
+  const std::vector<StagePrediction> plan = predict_stages(chosen, load_data(chosen));
+  CHECK(contains_all(plan_table(chosen, plan), {"decided in the run", human_bytes(static_cast<double>(limit)).c_str(), "q4_0"}));
+  CHECK(run_recipe(chosen, {.out = tiny.out("budget")}).code == ExitCode::ok);
+  const Json manifest = read_json(tiny.out("budget") / "manifest.json");
+  const Json& budget = manifest.at("stages").at(1).at("details").at("budget");
+  const auto artifact = static_cast<std::int64_t>(bytes_on_disk(tiny.out("budget") / "artifact") - bytes_on_disk(tiny.out("budget") / "artifact" / "lineage.json"));
+  CHECK(budget.at("predicted_bytes").get<std::int64_t>() == artifact);
+  CHECK(artifact <= limit);
+  CHECK(artifact > low);
+  CHECK(contains_all(read_text(tiny.out("budget") / "report.md"), {"Byte budget of 02-quantize", "predicted divergence"}));
+  CHECK(contains_all(read_text(tiny.out("budget") / "report.html"), {"Byte budget", "predicted divergence against size"}));
 }

@@ -1,0 +1,54 @@
+// How much the model's predictions diverge when one matrix alone is stored in a format: estimated for every matrix and format
+// from one backward pass, by token-wise Fisher information.
+//
+//   KL(l, format) ~ 1/2 mean over predictions of the sum over tokens of (g_t^T E x_t)^2,
+//
+// x_t: input of the matrix at token t; g_t: gradient of -log p(label) with respect to its output, labels sampled from the
+// model itself; E = W - decode(encode(W)). The second-order expansion of the divergence with the Fisher matrix in place of the
+// Hessian, without the terms between different tokens. A token embedding contributes g_t . E[id_t], a head tied to it
+// contributes too: one matrix, stored once, whose costs add up.
+//
+// Memory: the inputs of all blocks for the calibration tokens (tokens x hidden x layers floats) and what the backward pass
+// through a single block needs; blocks are run again one by one from the last to the first.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "quantize/grids.h"
+#include "quantize/hessian.h"
+
+namespace kompakt {
+
+// E [N,K] of `weight` in a format. `inputs` [n,K]: inputs of the matrix to fit it on; undefined for embeddings and heads, and then
+// `weight` may be a part of the rows.
+using ErrorOf = std::function<at::Tensor(const at::Tensor& weight, const GridSpec& spec, const at::Tensor& inputs)>;
+// By the grid's own fit, weighted with the mean square of the inputs.
+at::Tensor rounding_error(const at::Tensor& weight, const GridSpec& spec, const at::Tensor& inputs);
+
+struct SensitivityRequest {
+  std::map<std::string, std::vector<GridSpec>> formats;  // by matrix name; others are not looked at
+  ErrorOf error = rounding_error;
+  bool split = false;  // errors are fitted on the first half of the batches and scored on the second (for methods that use data)
+  std::uint64_t seed = 0;
+  std::function<void(std::int64_t done)> progress;  // matrices
+};
+
+struct TensorSensitivity {
+  std::vector<double> divergence;      // nats a prediction, per format
+  std::vector<double> relative_error;  // |E|^2 / |W|^2 (of an untied embedding: of the rows that occur)
+};
+
+// Decoders (a prediction is a token) and classifiers (a prediction is a text). The model's weights are read only; gradients of
+// parameters are switched off. std::logic_error when `formats` names a matrix that the model does not have.
+std::map<std::string, TensorSensitivity> measure_sensitivities(Transformer& model, const CalibrationSet& set, const SensitivityRequest& request);
+
+// The set in batches of at most `tokens` tokens (at least one row each), for passes with gradients.
+CalibrationSet smaller_batches(const CalibrationSet& set, std::int64_t tokens);
+
+}  // namespace kompakt
