@@ -1,5 +1,6 @@
 #include "core/system.h"
 
+#include <malloc.h>
 #include <sched.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -37,6 +38,9 @@ std::int64_t peak_memory_bytes() { return status_kilobytes("VmHWM"); }
 std::int64_t current_memory_bytes() { return status_kilobytes("VmRSS"); }
 
 bool reset_peak_memory() {
+#ifdef __GLIBC__
+  ::malloc_trim(0);  // what an earlier stage freed goes back to the system, else it counts as this one's
+#endif
   std::ofstream file("/proc/self/clear_refs");
   file << "5" << std::flush;
   return static_cast<bool>(file);

@@ -93,6 +93,8 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     input.vocabulary_kept = static_cast<std::int64_t>(kept_vocabulary(*tokenizer, texts, *vocabulary).size());
   }
 
+  // The teacher in float stays in memory beside the model of every stage after the one that made it.
+  std::int64_t teacher_bytes = recipe.is_classification() ? 0 : count_parameters(input.teacher).total * 4;
   PlannedModel model;
   model.config = input.teacher;
   if (recipe.is_classification() && !model.config.is_classifier()) model.config.labels = tokenized->task.labels;
@@ -107,7 +109,8 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     prediction.title = stage.title;
     prediction.parameters = count_parameters(model.config).total;
     const std::int64_t weights = prediction.parameters * 4;
-    prediction.memory_bytes = base_memory_bytes + std::max(model.memory_bytes, 2 * weights);
+    prediction.memory_bytes = base_memory_bytes + std::max(model.memory_bytes, 2 * weights) + teacher_bytes;
+    if (stage.row->name == "finetune") teacher_bytes = weights;
     prediction.seconds = model.seconds;
     if (stage.row->name == "export") prediction.bytes = model.budget_bytes > 0 ? model.budget_bytes : predict_packed_bytes(model.config, model.quantized);
     else prediction.bytes = stage.row->changes_weights ? model.bytes : 0;
