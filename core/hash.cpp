@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/files.h"
+#include "core/paging.h"
 
 namespace kompakt {
 
@@ -48,7 +49,15 @@ std::string sha256(std::string_view text) { return Sha256().update(text).hex(); 
 
 std::string sha256_file(const std::filesystem::path& path) {
   const MappedFile file(path);
-  return Sha256().update(file.bytes()).hex();
+  Sha256 hash;
+  // Piece by piece, each let go of: a large file does not fill the memory of this process.
+  constexpr std::size_t piece = std::size_t(8) << 20;
+  for (std::size_t at = 0; at < file.bytes().size(); at += piece) {
+    const auto part = file.bytes().subspan(at, std::min(piece, file.bytes().size() - at));
+    hash.update(part);
+    release_mapped_pages(part.data(), part.size());
+  }
+  return hash.hex();
 }
 
 std::string sha256_folder(const std::filesystem::path& folder) {

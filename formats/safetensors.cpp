@@ -142,7 +142,7 @@ std::vector<TensorData> in_file_order(std::vector<TensorData> tensors, const fs:
   return tensors;
 }
 
-void write_ordered(const fs::path& path, const std::vector<TensorData>& tensors, const std::map<std::string, std::string>& metadata) {
+void write_ordered(const fs::path& path, std::vector<TensorData> tensors, const std::map<std::string, std::string>& metadata) {
   for (const auto& [key, value] : metadata)
     if (invalid_utf8(key) || invalid_utf8(value)) throw Error(str("the metadata \"", key, "\" is not valid UTF-8")).at(path.string());
   const std::string header = write_safetensors_header(tensors, metadata);
@@ -151,7 +151,10 @@ void write_ordered(const fs::path& path, const std::vector<TensorData>& tensors,
   const std::uint64_t length = header.size();
   file.write(std::as_bytes(std::span(&length, 1)));
   file.write(header);
-  for (const auto& tensor : tensors) file.write(tensor.bytes);
+  for (auto& tensor : tensors) {
+    file.write(tensor.bytes);
+    tensor.owner.reset();  // written: its memory may go
+  }
   file.commit();
 }
 

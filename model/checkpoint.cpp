@@ -59,7 +59,7 @@ bool checkpoint_ignored(const Family& family, const std::string& name) {
   return false;
 }
 
-std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device) {
+std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device, const std::function<at::Tensor(const at::Tensor&)>& place) {
   const at::NoGradGuard no_grad;
   auto model = std::make_unique<Transformer>(std::move(config), 0, c10::Device(c10::kMeta));
   const Family& family = *model->config().family;
@@ -77,11 +77,11 @@ std::unique_ptr<Transformer> build_from_source(ModelConfig config, const Checkpo
       shapes.push_back(str(parameter.name, " ", shape_text(stored.sizes().vec()), " instead of ", shape_text(parameter.value->sizes().vec())));
       continue;
     }
-    // Always a private copy: the file's memory map is read-only and training writes in place.
-    const at::Tensor value = stored.to(stored.options().dtype(at::kFloat), false, true).contiguous();
+    // Always a copy: the file's memory map is read-only and training writes in place.
+    const at::Tensor value = stored.to(stored.options().dtype(at::kFloat), false, !place).contiguous();
     // The sum is infinite or NaN when an element is; only then are the elements themselves looked at.
     if (!std::isfinite(value.sum(at::kDouble).item<double>()) && !value.isfinite().all().item<bool>()) not_finite.push_back(parameter.name);
-    *parameter.value = value.to(device);
+    *parameter.value = place ? place(value) : value.to(device);
   }
   const bool tied = model->config().tied;
   for (const auto& [name, read] : source.tensors) {
@@ -118,10 +118,15 @@ ModelConfig load_config(const std::filesystem::path& path) {
   return config_from_json(read_json(file), file.string());
 }
 
-std::unique_ptr<Transformer> load_model(const std::filesystem::path& path, c10::Device device) {
-  if (path.extension() == ".gguf") return load_model_gguf(path, device);
+std::pair<ModelConfig, CheckpointSource> open_checkpoint(const std::filesystem::path& path) {
+  if (path.extension() == ".gguf") return open_checkpoint_gguf(path);
   ModelConfig config = load_config(path);
-  const CheckpointSource source = checkpoint_safetensors(path, config);
+  CheckpointSource source = checkpoint_safetensors(path, config);
+  return {std::move(config), std::move(source)};
+}
+
+std::unique_ptr<Transformer> load_model(const std::filesystem::path& path, c10::Device device) {
+  auto [config, source] = open_checkpoint(path);
   return build_from_source(std::move(config), source, device);
 }
 

@@ -2,8 +2,6 @@
 // the order of Hugging Face. Files whose quantization we do not read are refused by formats/gguf.h.
 #include <ATen/ATen.h>
 
-#include <cstring>
-
 #include "core/error.h"
 #include "core/text.h"
 #include "formats/gguf.h"
@@ -39,17 +37,15 @@ GgufNameMatch gguf_match(const Family& family, const std::string& name, std::int
 }
 
 at::Tensor gguf_tensor(const GgufTensor& tensor) {
-  const std::vector<float> values = to_float32(tensor);
-  at::Tensor out = at::empty(tensor.shape, at::kFloat);
-  std::memcpy(out.mutable_data_ptr(), values.data(), values.size() * sizeof(float));
-  return out;
+  const auto values = std::make_shared<std::vector<float>>(to_float32(tensor));
+  return at::from_blob(values->data(), tensor.shape, [values](void*) {}, at::TensorOptions().dtype(at::kFloat));
 }
 
 }  // namespace
 
 ModelConfig load_config_gguf(const std::filesystem::path& path) { return config_from_gguf(GgufFile::open(path)); }
 
-std::unique_ptr<Transformer> load_model_gguf(const std::filesystem::path& path, c10::Device device) {
+std::pair<ModelConfig, CheckpointSource> open_checkpoint_gguf(const std::filesystem::path& path) {
   const auto file = std::make_shared<GgufFile>(GgufFile::open(path));
   ModelConfig config = config_from_gguf(*file);
   const Family& family = *config.family;
@@ -72,7 +68,7 @@ std::unique_ptr<Transformer> load_model_gguf(const std::filesystem::path& path, 
       return plus_one ? value - 1 : value;
     });
   }
-  return build_from_source(std::move(config), source, device);
+  return {std::move(config), std::move(source)};
 }
 
 }  // namespace kompakt

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "model/transformer.h"
 
@@ -20,9 +21,11 @@ struct CheckpointSource {
 };
 
 // Throws one Error that lists missing and unexpected names and wrong shapes; another that names weights with NaN or infinity.
-std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device);
+// `place` gives every float32 parameter, in the order of parameters(), the memory that it will live in; empty = private memory.
+std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device, const std::function<at::Tensor(const at::Tensor&)>& place = {});
+std::pair<ModelConfig, CheckpointSource> open_checkpoint(const std::filesystem::path& path);
 bool checkpoint_ignored(const Family& family, const std::string& name);
 ModelConfig load_config_gguf(const std::filesystem::path& path);
-std::unique_ptr<Transformer> load_model_gguf(const std::filesystem::path& path, c10::Device device);
+std::pair<ModelConfig, CheckpointSource> open_checkpoint_gguf(const std::filesystem::path& path);
 
 }  // namespace kompakt

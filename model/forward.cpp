@@ -188,35 +188,50 @@ at::Tensor Transformer::attend(std::int64_t layer, const at::Tensor& x, const Co
   const at::Tensor merged = forward_attention(q, forward_repeat_heads(k, group), forward_repeat_heads(v, group), local ? context.mask_local : context.mask,
                                               local ? context.causal_local : context.causal, context.plain, context.lengths, scale);
   forward_offer(taps, layer, "context", merged);
-  return a.output.forward(merged, taps);
+  return merged;
+}
+
+at::Tensor Transformer::attention_input(std::int64_t layer, const at::Tensor& x) const {
+  return config_.family->post_norm ? x : blocks[static_cast<std::size_t>(layer)].attention_norm.forward(x);
+}
+
+at::Tensor Transformer::attention_context(std::int64_t layer, const at::Tensor& in, const ModelInput& input) const {
+  return attend(layer, in, make_context(input, in, 0), nullptr, nullptr);
+}
+
+at::Tensor Transformer::after_attention(std::int64_t layer, const at::Tensor& x, const at::Tensor& context, TapSink* taps) const {
+  const Family& family = *config_.family;
+  const Block& block = blocks[static_cast<std::size_t>(layer)];
+  at::Tensor a = block.attention.output.forward(context, taps);
+  if (family.sandwich_norms) a = block.post_attention_norm.forward(a);
+  return family.post_norm ? block.attention_norm.forward(x + a) : x + a;
+}
+
+at::Tensor Transformer::mlp_input(std::int64_t layer, const at::Tensor& h) const {
+  return config_.family->post_norm ? h : blocks[static_cast<std::size_t>(layer)].mlp_norm.forward(h);
+}
+
+at::Tensor Transformer::mlp_inner(std::int64_t layer, const at::Tensor& in, TapSink* taps) const {
+  const std::string_view activation = config_.family->activation;
+  const Mlp& mlp = blocks[static_cast<std::size_t>(layer)].mlp;
+  if (!mlp.gate.weight.defined()) return forward_activate(activation, mlp.up.forward(in, taps));
+  return forward_activate(activation, mlp.gate.forward(in, taps)) * mlp.up.forward(in, taps);
+}
+
+at::Tensor Transformer::after_mlp(std::int64_t layer, const at::Tensor& h, const at::Tensor& inner, TapSink* taps) const {
+  const Family& family = *config_.family;
+  const Block& block = blocks[static_cast<std::size_t>(layer)];
+  at::Tensor m = block.mlp.down.forward(inner, taps);
+  if (family.sandwich_norms) m = block.post_mlp_norm.forward(m);
+  return family.post_norm ? block.mlp_norm.forward(h + m) : h + m;
 }
 
 at::Tensor Transformer::run_block(std::int64_t layer, const at::Tensor& x, const Context& context, TapSink* taps, KvCache* cache) const {
-  const Family& family = *config_.family;
-  const Block& block = blocks[static_cast<std::size_t>(layer)];
   forward_offer(taps, layer, "input", x);
-  const auto mlp = [&](const at::Tensor& in) {
-    at::Tensor inner;  // [B,T,f]
-    if (block.mlp.gate.weight.defined()) {
-      inner = forward_activate(family.activation, block.mlp.gate.forward(in, taps)) * block.mlp.up.forward(in, taps);
-    } else {
-      inner = forward_activate(family.activation, block.mlp.up.forward(in, taps));
-    }
-    forward_offer(taps, layer, "ffn", inner);
-    return block.mlp.down.forward(inner, taps);
-  };
-  at::Tensor y;
-  if (family.post_norm) {
-    const at::Tensor h = block.attention_norm.forward(x + attend(layer, x, context, taps, cache));
-    y = block.mlp_norm.forward(h + mlp(h));
-  } else {
-    at::Tensor a = attend(layer, block.attention_norm.forward(x), context, taps, cache);
-    if (family.sandwich_norms) a = block.post_attention_norm.forward(a);
-    const at::Tensor h = x + a;
-    at::Tensor m = mlp(block.mlp_norm.forward(h));
-    if (family.sandwich_norms) m = block.post_mlp_norm.forward(m);
-    y = h + m;
-  }
+  const at::Tensor h = after_attention(layer, x, attend(layer, attention_input(layer, x), context, taps, cache), taps);
+  const at::Tensor inner = mlp_inner(layer, mlp_input(layer, h), taps);  // [B,T,f]
+  forward_offer(taps, layer, "ffn", inner);
+  const at::Tensor y = after_mlp(layer, h, inner, taps);
   forward_offer(taps, layer, "output", y);
   return y;
 }

@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "model/checkpoint.h"
+#include "model/paged.h"
 
 namespace kompakt {
 
@@ -49,9 +50,13 @@ TensorData as_data(std::string name, const at::Tensor& tensor) {
     data.name = std::move(name);
     data.dtype = row.file;
     data.shape = dense.sizes().vec();
-    auto owner = std::make_shared<at::Tensor>(dense);
+    // Who has written the bytes drops them: weights that lie in a file need not stay in memory.
+    const std::shared_ptr<const at::Tensor> owner(new at::Tensor(dense), [](const at::Tensor* held) {
+      release_pages(*held);
+      delete held;
+    });
     data.bytes = {static_cast<const std::byte*>(owner->const_data_ptr()), static_cast<std::size_t>(dense.nbytes())};
-    data.owner = std::move(owner);
+    data.owner = owner;
     return data;
   }
   throw std::logic_error("as_data: no file type for the element type of '" + name + "'");

@@ -82,6 +82,13 @@ class Transformer {
   // One block alone, for layer-sequential work: x [B,T,d] -> [B,T,d].
   at::Tensor block_forward(std::int64_t layer, const at::Tensor& x, const ModelInput& input, TapSink* taps = nullptr, KvCache* cache = nullptr) const;
   at::Tensor embed(const ModelInput& input, TapSink* taps = nullptr) const;
+  // A block in parts, for work between its linears; block_forward is their composition. x, h [B,T,d]: the residual stream.
+  at::Tensor attention_input(std::int64_t layer, const at::Tensor& x) const;                              // [B,T,d] that query, key and value see
+  at::Tensor attention_context(std::int64_t layer, const at::Tensor& in, const ModelInput& input) const;  // [B,T,H*hd] that the output projection sees
+  at::Tensor after_attention(std::int64_t layer, const at::Tensor& x, const at::Tensor& context, TapSink* taps = nullptr) const;  // h
+  at::Tensor mlp_input(std::int64_t layer, const at::Tensor& h) const;                                    // [B,T,d] that gate and up see
+  at::Tensor mlp_inner(std::int64_t layer, const at::Tensor& in, TapSink* taps = nullptr) const;          // [B,T,f] that down sees
+  at::Tensor after_mlp(std::int64_t layer, const at::Tensor& h, const at::Tensor& inner, TapSink* taps = nullptr) const;  // x of the next block
 
   ModelConfig& config() { return config_; }
   const ModelConfig& config() const { return config_; }
@@ -109,7 +116,7 @@ class Transformer {
   struct Context;  // what all blocks of one forward pass share: masks and rotary tables
   Context make_context(const ModelInput& input, const at::Tensor& x, std::int64_t past) const;
   at::Tensor run_block(std::int64_t layer, const at::Tensor& x, const Context& context, TapSink* taps, KvCache* cache) const;
-  at::Tensor attend(std::int64_t layer, const at::Tensor& x, const Context& context, TapSink* taps, KvCache* cache) const;
+  at::Tensor attend(std::int64_t layer, const at::Tensor& in, const Context& context, TapSink* taps, KvCache* cache) const;  // [B,T,H*hd]
 
   ModelConfig config_;
 };

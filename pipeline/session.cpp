@@ -11,6 +11,7 @@
 #include "export/exporters.h"
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
+#include "model/paged.h"
 #include "model/parallel.h"
 #include "pipeline/device.h"
 #include "pipeline/version.h"
@@ -89,9 +90,9 @@ std::string RunSession::stage_key(const RecipeStage& stage, std::size_t index) c
                     stage.row->name == "export" ? recipe_.name : artifact));
 }
 
-void RunSession::load_current() {
+void RunSession::load_current(const fs::path& paging) {
   if (current_.model) return;
-  current_.model = load_model(position_.folder);
+  current_.model = paging.empty() ? load_model(position_.folder) : load_model_paged(position_.folder, paging);
   current_.model->to(device_);
   const bool is_start = position_.title == "teacher";
   current_.tokenizer = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : position_.folder);
@@ -145,7 +146,6 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
   if (!entry) {
     ++worked_;
     log_info(str("\n", bold(stage.title), "  ", stage.row->summary));
-    load_current();
     Json details = Json::object();
     StageContext context;
     context.title = stage.title;
@@ -153,6 +153,11 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
     context.resume = options_.resume;
     if (!options_.resume) fs::remove_all(context.work);
     make_folder(context.work);
+    // Block by block: the weights lie in a file, and nobody asks for the teacher's outputs.
+    const bool by_blocks = works_by_blocks(stage);
+    const bool paged = by_blocks && device_.is_cpu();
+    if (current_.model && is_paged(current_.model->tokens.weight) != paged && stage.row->changes_weights) current_ = {};
+    load_current(paged ? context.work : fs::path());
     context.seed = recipe_.seed * 1000003 + index;
     context.device = device_;
     context.details = &details;
@@ -163,7 +168,7 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
     const auto start = std::chrono::steady_clock::now();
     const double cpu_start = cpu_seconds();
     const bool uses_teacher = data_.kind == TaskData::Kind::classification ? stage.row->name != "finetune" && !is_export : stage.row->needs_teacher || stage.row->name == "quantize" || stage.row->name == "prune";
-    if (uses_teacher && recipe_.find_data("train")) context.teacher = teacher_source();
+    if (uses_teacher && !by_blocks && recipe_.find_data("train")) context.teacher = teacher_source();
     entry = store_.add(key, [&](const fs::path& folder) {
       StageRun run{recipe_, current_, teacher_, context, folder};
       stage.row->run(stage.options, run);
@@ -259,6 +264,8 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   if (artifact) {
     model = open_any_model(folder);
     tokenizer = load_tokenizer(fs::exists(folder / "model.gguf") ? folder / "model.gguf" : folder);
+  } else if (!data_.has_test()) {  // nothing to run: its shape is enough
+    model = std::make_shared<Transformer>(load_config(folder), 0, c10::Device(c10::kMeta));
   } else if (is_teacher) {
     load_teacher();
     model = teacher_, tokenizer = teacher_tokenizer_;
@@ -266,14 +273,14 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
     load_current();
     model = current_.model, tokenizer = current_.tokenizer;
   }
-  model->to(device_);
+  if (!model->device().is_meta()) model->to(device_);
   Json out = describe_size(*model, folder, session_embedding_bytes(*model, folder));
   out["path"] = artifact ? "artifact" : label;
   const bool text = data_.kind == TaskData::Kind::text;
   const bool measurable = data_.has_test() && (text || model->config().is_classifier());
-  if (text && !is_teacher) load_teacher();
   TeacherScores scores;
   if (measurable) {
+    if (text && !is_teacher) load_teacher();
     TokenizedData& tokenized = data_for(tokenizer, model->config());
     scores = measure(*model, tokenized, evaluate_.measure, is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, text && !is_teacher ? teacher_.get() : nullptr, label, out);
     if (evaluate_.cascade && artifact && teacher_scores_ && !text) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);

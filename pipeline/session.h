@@ -34,7 +34,8 @@ class RunSession {
 
   std::string stage_key(const RecipeStage& stage, std::size_t index) const;
   void run_stage(const RecipeStage& stage, std::size_t index, const std::string& key);
-  void load_current();                      // current_ from position_.folder when it is not in memory
+  // current_ from position_.folder when it is not there; `paging`: folder for its weights, empty = in memory.
+  void load_current(const std::filesystem::path& paging = {});
   void load_teacher();                      // teacher_ from teacher_position_.folder
   TokenizedData& data_for(const std::shared_ptr<const Tokenizer>& tokenizer, const ModelConfig& config);
   TeacherSource* teacher_source();

@@ -15,6 +15,7 @@
 #include "pipeline/stage_options.h"
 #include "prune/stage.h"
 #include "quantize/budget.h"
+#include "quantize/methods.h"
 #include "quantize/stage.h"
 
 namespace kompakt {
@@ -228,6 +229,10 @@ const StageRow* find_stage(std::string_view name) {
   for (const StageRow& row : stage_rows())
     if (row.name == name) return &row;
   return nullptr;
+}
+
+bool works_by_blocks(const RecipeStage& stage) {
+  return stage.row->name == "quantize" && !find_quantization_method(read_stage<QuantizeOptions>(stage.options).method)->needs_train;
 }
 
 std::vector<std::string> stage_names() {

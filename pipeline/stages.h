@@ -18,6 +18,7 @@
 namespace kompakt {
 
 struct Recipe;
+struct RecipeStage;
 
 // The model on its way through the stages.
 struct WorkingModel {
@@ -74,5 +75,7 @@ struct StageRow {
 std::span<const StageRow> stage_rows();
 const StageRow* find_stage(std::string_view name);
 std::vector<std::string> stage_names();
+// A quantize stage that does not train: it needs one block of float weights at a time and no outputs of the teacher.
+bool works_by_blocks(const RecipeStage& stage);
 
 }  // namespace kompakt

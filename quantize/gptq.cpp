@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "core/error.h"
 #include "core/text.h"
 #include "model/parallel.h"
 #include "quantize/code_rule.h"
+#include "quantize/factors.h"
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"
@@ -35,73 +35,9 @@ void gptq_subtract(double* w, const double* u, double e, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) w[i] -= u[i] * e;
 }
 
-struct GptqFactor {
-  at::Tensor upper;       // [K,K]; undefined = diagonal H
-  at::Tensor diagonal;    // [K] of U
-  double damping = 0;
-  std::string path;
-};
-
-at::Tensor gptq_damped(const at::Tensor& hessian, double damping) {
-  at::Tensor damped = hessian.clone();
-  damped.diagonal().add_(damping * hessian.diagonal().mean().item<double>());
-  return damped;
-}
-
-// Damping is raised tenfold up to three times, then float64 is tried, then only the diagonal is used.
-GptqFactor gptq_factor(const at::Tensor& hessian, const LayerOptions& options) {
-  GptqFactor factor;
-  std::vector<std::pair<double, bool>> ladder;
-  for (const double raise : {1.0, 10.0, 100.0}) ladder.emplace_back(std::max(options.damping, raise > 1 ? 1e-4 : 0.0) * raise, options.float64);
-  if (!options.float64)
-    for (const double raise : {1.0, 100.0}) ladder.emplace_back(std::max(options.damping, raise > 1 ? 1e-4 : 0.0) * raise, true);
-  for (std::size_t i = 0; i < ladder.size(); ++i) {
-    const auto [damping, wide] = ladder[i];
-    const at::Tensor upper = inverse_factor(gptq_damped(hessian, damping).to(wide ? at::kDouble : at::kFloat));
-    if (!upper.defined()) continue;
-    factor.upper = upper, factor.damping = damping;
-    factor.path = wide ? "cholesky float64" : "cholesky";
-    if (i > 0) factor.path += damping > options.damping ? ", damping raised" : ", float32 failed";
-    factor.diagonal = upper.diagonal().contiguous();
-    return factor;
-  }
-  factor.damping = options.damping;
-  factor.path = "diagonal";
-  factor.diagonal = gptq_damped(hessian, options.damping).diagonal().clamp_min(1e-30).rsqrt().contiguous();
-  return factor;
-}
-
-struct GptqOrder {
-  std::vector<std::int64_t> column;  // processed position -> column
-  std::vector<std::int64_t> group;   // processed group -> group
-  std::vector<std::int64_t> begin;   // processed group -> first processed position; one more at the end
-};
-
-GptqOrder gptq_order(const at::Tensor& energy, std::int64_t group, bool act_order) {
-  const at::Tensor e = energy.to(at::kCPU, at::kDouble).contiguous();
-  const double* values = e.data_ptr<double>();
-  const std::int64_t columns = e.size(0), groups = (columns + group - 1) / group;
-  GptqOrder order;
-  order.group.resize(static_cast<std::size_t>(groups));
-  std::iota(order.group.begin(), order.group.end(), 0);
-  if (act_order) {
-    std::vector<double> largest(static_cast<std::size_t>(groups), 0);
-    for (std::int64_t k = 0; k < columns; ++k) largest[static_cast<std::size_t>(k / group)] = std::max(largest[static_cast<std::size_t>(k / group)], values[k]);
-    std::stable_sort(order.group.begin(), order.group.end(), [&](std::int64_t a, std::int64_t b) { return largest[static_cast<std::size_t>(a)] > largest[static_cast<std::size_t>(b)]; });
-  }
-  for (const std::int64_t g : order.group) {
-    order.begin.push_back(static_cast<std::int64_t>(order.column.size()));
-    const std::int64_t first = g * group, end = std::min(columns, first + group);
-    for (std::int64_t k = first; k < end; ++k) order.column.push_back(k);
-    if (act_order) std::stable_sort(order.column.end() - (end - first), order.column.end(), [&](std::int64_t a, std::int64_t b) { return values[a] > values[b]; });
-  }
-  order.begin.push_back(columns);
-  return order;
-}
-
 // [begin, end) in processed positions. A group is fitted when its first block begins, so a block either lies inside one
 // group or holds whole groups.
-std::vector<std::pair<std::int64_t, std::int64_t>> gptq_blocks(const GptqOrder& order, std::int64_t width) {
+std::vector<std::pair<std::int64_t, std::int64_t>> gptq_blocks(const ColumnOrder& order, std::int64_t width) {
   std::vector<std::pair<std::int64_t, std::int64_t>> blocks;
   std::int64_t open = 0;
   for (std::size_t g = 0; g + 1 < order.begin.size(); ++g) {
@@ -120,7 +56,7 @@ std::vector<std::pair<std::int64_t, std::int64_t>> gptq_blocks(const GptqOrder& 
 }
 
 template <class Real>
-LayerResult gptq_sweep(const at::Tensor& weight, const GptqFactor& factor, const GptqOrder& order, const GridSpec& spec, std::int64_t block_width) {
+LayerResult gptq_sweep(const at::Tensor& weight, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width) {
   const auto type = sizeof(Real) == 8 ? at::kDouble : at::kFloat;
   const Grid& grid = *spec.grid;
   const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.group_for(columns), groups = spec.scale_count(columns);
@@ -200,39 +136,19 @@ LayerResult gptq_sweep(const at::Tensor& weight, const GptqFactor& factor, const
 
 }  // namespace
 
-at::Tensor inverse_factor(const at::Tensor& hessian) {
-  // With J the reversal of order: J H J = L L^T, so H = M M^T with M = J L J upper triangular, and H^-1 = U^T U with U = M^-1.
-  // One factorization and one triangular inverse, no inverse of H.
-  const at::Tensor reversed = hessian.flip({0, 1}).contiguous();
-  const auto [lower, info] = at::linalg_cholesky_ex(reversed);
-  if (info.item<int>() != 0) return {};
-  const at::Tensor middle = lower.flip({0, 1}).contiguous();
-  const at::Tensor upper = at::linalg_solve_triangular(middle, at::eye(hessian.size(0), hessian.options()), /*upper=*/true).triu();
-  if (!upper.isfinite().all().item<bool>() || upper.diagonal().min().item<double>() <= 0) return {};
-  return upper.contiguous();
-}
-
 LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options) {
   at::NoGradGuard no_grad;
   at::Tensor weight = input.weight.detach().to(at::kCPU, at::kFloat).contiguous();
-  const std::int64_t columns = weight.size(1);
-  TORCH_CHECK(input.hessian.defined() && input.hessian.dim() == 2 && input.hessian.size(0) == columns && input.hessian.size(1) == columns, "gptq needs a [K,K] Hessian");
+  const std::int64_t columns = weight.size(1), group = spec.group_for(columns);
   TORCH_CHECK(!spec.grid->group_fixed || columns % spec.grid->default_group == 0, "the grid's group does not divide the row");
-  at::Tensor hessian = input.hessian.detach().to(at::kCPU, options.float64 ? at::kDouble : at::kFloat).clone();
-  if (!hessian.isfinite().all().item<bool>()) throw Error("the calibration inputs of a layer are not finite").hint("an activation has overflowed: check the model on the calibration data");
-  const at::Tensor dead = hessian.diagonal().le(0);
-  const std::int64_t dead_count = dead.sum().item<std::int64_t>();
-  if (dead_count > 0) {
-    // A column whose input is always zero costs nothing: its weights are free and become zero.
-    hessian.diagonal().masked_fill_(dead, 1);
-    weight = weight.masked_fill(dead.unsqueeze(0), 0);
-  }
-  const GptqOrder order = gptq_order(hessian.diagonal(), spec.group_for(columns), options.act_order);
-  const at::Tensor permutation = at::tensor(at::ArrayRef<std::int64_t>(order.column), at::kLong);
-  const GptqFactor factor = gptq_factor(hessian.index_select(0, permutation).index_select(1, permutation), options);
+  InputFactors own;
+  InputFactors& factors = input.factors ? *input.factors : own;
+  if (factors.group != group) factor_input(input, group, options, factors);
+  // A column whose input is always zero costs nothing: its weights are free and become zero.
+  if (factors.dead_count > 0) weight = weight.masked_fill(factors.dead.unsqueeze(0), 0);
   const std::int64_t width = std::max<std::int64_t>(1, options.block);
-  LayerResult result = options.float64 ? gptq_sweep<double>(weight, factor, order, spec, width) : gptq_sweep<float>(weight, factor, order, spec, width);
-  result.damping = factor.damping, result.path = factor.path, result.dead = dead_count;
+  LayerResult result = options.float64 ? gptq_sweep<double>(weight, factors.factor, factors.order, spec, width) : gptq_sweep<float>(weight, factors.factor, factors.order, spec, width);
+  result.damping = factors.factor.damping, result.path = factors.factor.path, result.dead = factors.dead_count;
   return result;
 }
 

@@ -1,39 +1,66 @@
-// Collection of second moments through taps. A pass stops as soon as the wanted input has been seen.
+// Collection of second moments: a block runs part by part, batches beside each other.
 #include "quantize/hessian.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <functional>
 
 #include "core/error.h"
 #include "core/hash.h"
 #include "core/random.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "model/parallel.h"
+#include "quantize/factors.h"
+#include "quantize/tensors.h"
 #include "train/teacher.h"
 
 namespace kompakt {
 namespace {
 
-struct HessianTapSeen {};  // leaves the forward pass early
+constexpr std::int64_t hessian_chunk_tokens = 4096;  // rows of one product: activations of a chunk stay small beside the moments
 
-class HessianTap final : public TapSink {
- public:
-  explicit HessianTap(std::string name) : name_(std::move(name)) {}
-  bool wants(const std::string& name) const override { return name == name_; }
-  void put(const std::string&, const at::Tensor& value) override {
-    value_ = value;
-    throw HessianTapSeen{};
+// Tokens of one pass. On the CPU passes run beside each other, one a thread, so that every bit is independent of their number.
+std::int64_t hessian_batch_tokens(c10::Device device) { return device.is_cpu() ? 512 : 4096; }
+
+// work(0), ..., work(count - 1), on the CPU in parallel.
+void hessian_each(c10::Device device, std::size_t count, const std::function<void(std::size_t)>& work) {
+  const auto range = [&](std::int64_t begin, std::int64_t end) {
+    at::NoGradGuard no_grad;  // a worker thread has its own mode
+    for (std::int64_t i = begin; i < end; ++i) {
+      check_interrupted();
+      work(static_cast<std::size_t>(i));
+    }
+  };
+  if (device.is_cpu() && count > 1) {
+    at::parallel_for(0, static_cast<std::int64_t>(count), 1, range);
+    return;
   }
-  const at::Tensor& value() const { return value_; }
+  const SingleThread single;
+  range(0, static_cast<std::int64_t>(count));
+}
 
- private:
-  std::string name_;
-  at::Tensor value_;
-};
+// sum <- keep sum + add a^T b; a [n,K], b [n,M]. `symmetric` (a is b): only the blocks on and above the diagonal. Panels of rows
+// are products of their own: the split, and so every bit, is independent of threads.
+void hessian_add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, bool symmetric, double keep, double add) {
+  if (!sum.defined()) sum = at::zeros({a.size(1), b.size(1)}, a.options());
+  constexpr std::int64_t width = 128;
+  const std::int64_t rows = a.size(1), panels = (rows + width - 1) / width;
+  const auto panel = [&](std::int64_t p) {
+    const std::int64_t from = p * width, to = std::min(rows, from + width), left = symmetric ? from : 0;
+    sum.slice(0, from, to).slice(1, left).addmm_(a.slice(1, from, to).t(), b.slice(1, left), keep, add);
+  };
+  // A long panel goes with a short one.
+  hessian_each(a.device(), static_cast<std::size_t>((panels + 1) / 2), [&](std::size_t i) {
+    const auto p = static_cast<std::int64_t>(i);
+    panel(p);
+    if (panels - 1 - p != p) panel(panels - 1 - p);
+  });
+}
 
-constexpr std::int64_t hessian_batch_tokens = 4096;  // activations of one batch stay in the cache hierarchy and small in memory
+at::Tensor hessian_mirrored(const at::Tensor& upper) { return upper.triu() + upper.triu(1).t(); }
 
 void hessian_add(CalibrationSet& set, const TokenBatch& batch, Sha256& hash, c10::Device device) {
   const ModelInput input = to_input(batch, device);
@@ -63,7 +90,7 @@ CalibrationSet calibration_set(const StageContext& context, std::int64_t sequenc
   if (text) {
     const std::int64_t count = std::min<std::int64_t>(sequences, static_cast<std::int64_t>(data->calibration.size()));
     const std::int64_t length = static_cast<std::int64_t>(data->calibration.front().size());
-    const std::int64_t rows = std::max<std::int64_t>(1, hessian_batch_tokens / std::max<std::int64_t>(1, length));
+    const std::int64_t rows = std::max<std::int64_t>(1, hessian_batch_tokens(context.device) / std::max<std::int64_t>(1, length));
     for (std::int64_t first = 0; first < count; first += rows) {
       TokenBatch batch;
       batch.rows = std::min(rows, count - first), batch.columns = length;
@@ -91,77 +118,155 @@ CalibrationSet calibration_set(const StageContext& context, std::int64_t sequenc
   return set;
 }
 
-SequentialCalibration::SequentialCalibration(Transformer& model, const CalibrationSet& set, const at::Tensor& original_embedding) : model_(model), set_(set) {
+std::vector<Linear*> part_linears(Block& block, BlockPart part) {
+  std::vector<Linear*> all, present;
+  switch (part) {
+    case BlockPart::attention: all = {&block.attention.query, &block.attention.key, &block.attention.value}; break;
+    case BlockPart::output: all = {&block.attention.output}; break;
+    case BlockPart::feed_forward: all = {&block.mlp.gate, &block.mlp.up}; break;
+    case BlockPart::down: all = {&block.mlp.down}; break;
+  }
+  for (Linear* linear : all)
+    if (linear->weight.defined()) present.push_back(linear);
+  return present;
+}
+
+void subtract_means(SecondMoments& moments) {
+  const auto subtract = [](at::Tensor& second, const at::Tensor& a, const at::Tensor& b) {
+    if (second.defined()) second = (second.to(at::kDouble) - at::outer(a, b)).to(second.scalar_type());
+  };
+  subtract(moments.hessian, moments.mean, moments.mean);
+  subtract(moments.half, moments.half_mean, moments.half_mean);
+  if (moments.cross.defined()) subtract(moments.cross, moments.teacher_mean, moments.mean);
+}
+
+SequentialCalibration::SequentialCalibration(Transformer& model, const CalibrationSet& set, const CalibrationOptions& options)
+    : model_(model), set_(set), options_(options), quantized_(make_stream()), teacher_(make_stream()) {
+  if (options_.teacher) embed(teacher_);
+}
+
+void SequentialCalibration::start() { embed(quantized_); }
+
+SequentialCalibration::Stream SequentialCalibration::make_stream() const {
+  return {Activations(options_.spill), Activations(options_.spill), Activations(options_.spill), Activations(options_.spill)};
+}
+
+void SequentialCalibration::embed(Stream& stream) {
   at::NoGradGuard no_grad;
-  for (const ModelInput& input : set_.inputs) quantized_.push_back(model_.embed(input));
-  if (!original_embedding.defined()) return;
-  at::Tensor present = model_.tokens.weight;
-  model_.tokens.weight = original_embedding;
-  for (const ModelInput& input : set_.inputs) teacher_.push_back(model_.embed(input));
-  model_.tokens.weight = present;
+  stream.x.resize(set_.inputs.size());
+  for (std::size_t b = 0; b < set_.inputs.size(); ++b) stream.x.put(b, model_.embed(set_.inputs[b]));
 }
 
-void SequentialCalibration::swap_weights(std::int64_t layer, std::map<std::string, at::Tensor>& weights) {
-  Block& block = model_.blocks[static_cast<std::size_t>(layer)];
-  for (Linear* linear : {&block.attention.query, &block.attention.key, &block.attention.value, &block.attention.output, &block.mlp.gate, &block.mlp.up, &block.mlp.down}) {
-    const auto found = weights.find(linear->name);
-    if (linear->weight.defined() && found != weights.end()) std::swap(linear->weight, found->second);
-  }
-}
-
-at::Tensor SequentialCalibration::input_of(std::int64_t layer, const at::Tensor& x, std::size_t batch, const std::string& linear) const {
-  HessianTap tap("input:" + linear);
-  try {
-    model_.block_forward(layer, x, set_.inputs[batch], &tap);
-  } catch (const HessianTapSeen&) {
-  }
-  TORCH_CHECK(tap.value().defined(), "block ", layer, " has no input of ", linear);
-  const at::Tensor flat = tap.value().reshape({-1, tap.value().size(-1)}).to(at::kFloat);
-  return set_.valid[batch].defined() ? flat.index_select(0, set_.valid[batch]) : flat;
-}
-
-SecondMoments SequentialCalibration::moments(std::int64_t layer, const std::string& linear, const std::map<std::string, at::Tensor>& original) {
-  at::NoGradGuard no_grad;
-  SecondMoments out;
-  std::map<std::string, at::Tensor> held = original;
-  for (std::size_t b = 0; b < set_.inputs.size(); ++b) {
-    check_interrupted();
-    const at::Tensor x = input_of(layer, quantized_[b], b, linear);
-    const auto add = [](at::Tensor& sum, const at::Tensor& product) { sum = sum.defined() ? sum.add_(product) : product.to(at::kDouble); };
-    add(out.hessian, at::matmul(x.t(), x));
-    if (!teacher_.empty()) {
-      swap_weights(layer, held);
-      at::Tensor teacher;
-      try {
-        teacher = input_of(layer, teacher_[b], b, linear);
-      } catch (...) {
-        swap_weights(layer, held);
-        throw;
-      }
-      swap_weights(layer, held);
-      add(out.cross, at::matmul(teacher.t(), x));
-    }
-    out.tokens += x.size(0);
-  }
-  const double count = static_cast<double>(std::max<std::int64_t>(out.tokens, 1));
-  out.hessian.div_(count);
-  if (out.cross.defined()) out.cross.div_(count);
+std::vector<std::pair<std::string, at::Tensor>> SequentialCalibration::activations() const {
+  std::vector<std::pair<std::string, at::Tensor>> out;
+  for (std::size_t b = 0; b < quantized_.x.size(); ++b) out.emplace_back(str("quantized.", b), quantized_.x.get(b));
+  for (std::size_t b = 0; b < teacher_.x.size(); ++b) out.emplace_back(str("teacher.", b), teacher_.x.get(b));
   return out;
 }
 
-void SequentialCalibration::advance(std::int64_t layer, const std::map<std::string, at::Tensor>& original) {
+void SequentialCalibration::set_activations(const std::vector<std::pair<std::string, at::Tensor>>& values) {
+  const std::size_t count = quantized_.x.size();
+  TORCH_CHECK(values.size() == count + teacher_.x.size(), "activations of another calibration");
+  for (std::size_t i = 0; i < values.size(); ++i) (i < count ? quantized_.x : teacher_.x).put(i < count ? i : i - count, values[i].second);
+}
+
+void SequentialCalibration::swap_weights(std::int64_t layer, std::map<std::string, at::Tensor>& weights) {
+  for (const NamedParameter& parameter : block_parameters(model_.blocks[static_cast<std::size_t>(layer)]))
+    if (const auto found = weights.find(parameter.name); found != weights.end()) std::swap(*parameter.value, found->second);
+}
+
+void SequentialCalibration::compute(Stream& stream, std::int64_t layer, int parts) {
   at::NoGradGuard no_grad;
-  for (std::size_t b = 0; b < quantized_.size(); ++b) quantized_[b] = model_.block_forward(layer, quantized_[b], set_.inputs[b]);
-  if (teacher_.empty()) return;
+  for (; stream.done < parts; ++stream.done) {
+    for (Activations* values : {&stream.context, &stream.h, &stream.inner}) values->resize(set_.inputs.size());
+    hessian_each(model_.device(), set_.inputs.size(), [&](std::size_t b) {
+      switch (stream.done) {
+        case 0: stream.context.put(b, model_.attention_context(layer, model_.attention_input(layer, stream.x.get(b)), set_.inputs[b])); break;
+        case 1: stream.h.put(b, model_.after_attention(layer, stream.x.get(b), stream.context.get(b))), stream.context.drop(b); break;
+        case 2: stream.inner.put(b, model_.mlp_inner(layer, model_.mlp_input(layer, stream.h.get(b)))); break;
+        case 3: stream.x.put(b, model_.after_mlp(layer, stream.h.get(b), stream.inner.get(b))), stream.h.drop(b), stream.inner.drop(b); break;
+      }
+    });
+  }
+}
+
+void SequentialCalibration::compute_teacher(std::int64_t layer, int parts, const std::map<std::string, at::Tensor>& original) {
+  if (!has_teacher() || teacher_ahead_ || teacher_.done >= parts) return;
   std::map<std::string, at::Tensor> held = original;
   swap_weights(layer, held);
   try {
-    for (std::size_t b = 0; b < teacher_.size(); ++b) teacher_[b] = model_.block_forward(layer, teacher_[b], set_.inputs[b]);
+    compute(teacher_, layer, parts);
   } catch (...) {
     swap_weights(layer, held);
     throw;
   }
   swap_weights(layer, held);
+}
+
+at::Tensor SequentialCalibration::part_input(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t batch) const {
+  at::Tensor x;
+  switch (part) {
+    case BlockPart::attention: x = model_.attention_input(layer, stream.x.get(batch)); break;
+    case BlockPart::output: x = stream.context.get(batch); break;
+    case BlockPart::feed_forward: x = model_.mlp_input(layer, stream.h.get(batch)); break;
+    case BlockPart::down: x = stream.inner.get(batch); break;
+  }
+  const at::Tensor flat = x.reshape({-1, x.size(-1)}).to(options_.float64 ? at::kDouble : at::kFloat);
+  return set_.valid[batch].defined() ? flat.index_select(0, set_.valid[batch]) : flat;
+}
+
+at::Tensor SequentialCalibration::part_inputs(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t first, std::size_t end) const {
+  std::vector<at::Tensor> rows(end - first);
+  hessian_each(model_.device(), rows.size(), [&](std::size_t i) { rows[i] = part_input(stream, layer, part, first + i); });
+  return rows.size() == 1 ? rows[0] : at::cat(rows);
+}
+
+SecondMoments SequentialCalibration::moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original) {
+  at::NoGradGuard no_grad;
+  TORCH_CHECK(!teacher_ahead_, "the teacher has left the block");
+  compute(quantized_, layer, static_cast<int>(part));
+  compute_teacher(layer, static_cast<int>(part), original);
+  SecondMoments out;
+  const std::size_t batches = set_.inputs.size();
+  const auto rows_of = [&](std::size_t b) { return set_.valid[b].defined() ? set_.valid[b].size(0) : set_.inputs[b].ids.numel(); };
+  // Chunks of batches; one ends where half of the tokens have been seen.
+  for (std::size_t first = 0; first < batches;) {
+    check_interrupted();
+    std::size_t end = first;
+    std::int64_t count = 0;
+    const std::int64_t seen = out.tokens, half = set_.tokens / 2;
+    while (end < batches && count < hessian_chunk_tokens && (seen >= half || seen + count < half)) count += rows_of(end++);
+    const at::Tensor x = part_inputs(quantized_, layer, part, first, end);
+    const double whole = static_cast<double>(std::max<std::int64_t>(1, seen + count)), keep = static_cast<double>(seen) / whole, add = 1 / whole;
+    const auto mean = [&](at::Tensor& value, const at::Tensor& rows) {
+      const at::Tensor sum = rows.sum(0, false, at::kDouble) * add;
+      value = value.defined() ? value * keep + sum : sum;
+    };
+    hessian_add_product(out.hessian, x, x, true, keep, add);
+    mean(out.mean, x);
+    if (has_teacher()) {
+      const at::Tensor teacher = part_inputs(teacher_, layer, part, first, end);
+      hessian_add_product(out.cross, teacher, x, false, keep, add);
+      mean(out.teacher_mean, teacher);
+    }
+    out.tokens += count;
+    if (!out.half.defined() && out.tokens >= half && end < batches) out.half = hessian_mirrored(out.hessian), out.half_mean = out.mean, out.half_tokens = out.tokens;
+    first = end;
+  }
+  out.hessian = hessian_mirrored(out.hessian);
+  return out;
+}
+
+void SequentialCalibration::advance_teacher(std::int64_t layer, const std::map<std::string, at::Tensor>& original) {
+  compute_teacher(layer, 4, original);
+  teacher_ahead_ = has_teacher();
+}
+
+void SequentialCalibration::advance(std::int64_t layer, const std::map<std::string, at::Tensor>& original) {
+  advance_teacher(layer, original);
+  compute(quantized_, layer, 4);
+  quantized_.done = teacher_.done = 0;
+  teacher_ahead_ = false;
 }
 
 }  // namespace kompakt

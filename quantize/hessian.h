@@ -4,11 +4,15 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
+#include <filesystem>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "model/transformer.h"
+#include "quantize/activations.h"
 #include "train/context.h"
 
 namespace kompakt {
@@ -24,31 +28,80 @@ struct CalibrationSet {
 // Error with a remedy when there are none.
 CalibrationSet calibration_set(const StageContext& context, std::int64_t sequences);
 
+// The linears of a block that see the same input, in the order in which the block computes them.
+enum class BlockPart { attention, output, feed_forward, down };
+constexpr std::array<BlockPart, 4> block_parts = {BlockPart::attention, BlockPart::output, BlockPart::feed_forward, BlockPart::down};
+std::vector<Linear*> part_linears(Block& block, BlockPart part);  // those that the model has
+
+// Of the input x [K] of a part in the quantized model and x~ in the float model, over all tokens that are no padding.
 struct SecondMoments {
-  at::Tensor hessian;  // [K,K] float64, E[x x^T]
-  at::Tensor cross;    // [K,K] float64, E[x~ x^T], only with a teacher
-  std::int64_t tokens = 0;
+  at::Tensor hessian;             // [K,K] E[x x^T], exactly symmetric
+  at::Tensor cross;               // [K,K] E[x~ x^T], only with a teacher
+  at::Tensor half;                // [K,K] E[x x^T] of the first half of the batches; undefined with a single batch
+  at::Tensor mean, half_mean;     // [K] float64 E[x], and of the first half
+  at::Tensor teacher_mean;        // [K] float64 E[x~], only with a teacher
+  std::int64_t tokens = 0, half_tokens = 0;
+};
+// Covariances instead: E[x x^T] - E[x] E[x]^T and so on. What a layer with a bias minimises, when the bias takes the rest.
+void subtract_means(SecondMoments& moments);
+
+struct CalibrationOptions {
+  bool teacher = false;         // keep the activations of the float model too
+  bool float64 = false;         // products and sums of the moments in float64 instead of float32
+  std::filesystem::path spill;  // folder for activations on disk; empty = in memory
 };
 
-// Activations in front of one block of the quantized model and, with a teacher, of the float model.
+// Activations in front of one block of the quantized model and, with a teacher, of the float model. A block is computed once,
+// part by part: what lies between its linears is kept until the next part is asked for.
 class SequentialCalibration {
  public:
-  // Embeds the calibration set with the model's present embedding. `original_embedding` [V,d]: the float table of the
-  // teacher; undefined = no teacher activations are kept.
-  SequentialCalibration(Transformer& model, const CalibrationSet& set, const at::Tensor& original_embedding);
+  // With a teacher its activations are embedded here: the model must still hold its float weights.
+  SequentialCalibration(Transformer& model, const CalibrationSet& set, const CalibrationOptions& options);
+  // Embeds the set with the embedding that the quantized model will have.
+  void start();
 
-  // Moments of the input of `linear` in block `layer`, whose earlier linears already hold decoded weights. `original` are the
-  // float weights of the block's linears by name, put in place for the teacher's pass.
-  SecondMoments moments(std::int64_t layer, const std::string& linear, const std::map<std::string, at::Tensor>& original);
-  // Moves on behind block `layer`.
+  // Moments of the input of `part` in block `layer`, whose earlier parts must hold their final weights. Parts are asked for in
+  // their order, any may be left out. `original` are the teacher's parameters of the block by name, put in place for
+  // its pass; names that it lacks keep the present value.
+  SecondMoments moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original);
+  // The teacher alone moves on behind the block: its output is then what the quantized block is compared with.
+  void advance_teacher(std::int64_t layer, const std::map<std::string, at::Tensor>& original);
+  // Weights of the block were changed after its moments were taken: it is computed anew from its input.
+  void restart_block() { quantized_.done = 0; }
+  // Moves on behind block `layer`, all of whose parts hold their final weights.
   void advance(std::int64_t layer, const std::map<std::string, at::Tensor>& original);
 
+  const CalibrationSet& set() const { return set_; }
+  bool has_teacher() const { return options_.teacher; }
+  // Of one batch, [B,T,d]: in front of the present block of the quantized model; of the float model, or behind the block after
+  // advance_teacher.
+  at::Tensor input(std::size_t batch) const { return quantized_.x.get(batch); }
+  at::Tensor teacher(std::size_t batch) const { return teacher_.x.get(batch); }
+  // The same by name, for a run that is killed and goes on.
+  std::vector<std::pair<std::string, at::Tensor>> activations() const;
+  void set_activations(const std::vector<std::pair<std::string, at::Tensor>>& values);
+
  private:
-  at::Tensor input_of(std::int64_t layer, const at::Tensor& x, std::size_t batch, const std::string& linear) const;
+  struct Stream {
+    Activations x;        // per batch [B,T,d] in front of the block
+    Activations context;  // [B,T,H*hd] from part output on
+    Activations h;        // [B,T,d] from part feed_forward on
+    Activations inner;    // [B,T,f] from part down on
+    int done = 0;         // parts whose input is there
+  };
+  Stream make_stream() const;
+  void embed(Stream& stream);
+  void compute(Stream& stream, std::int64_t layer, int parts);  // up to the input of part number `parts`; 4 = behind the block
+  void compute_teacher(std::int64_t layer, int parts, const std::map<std::string, at::Tensor>& original);
+  at::Tensor part_input(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t batch) const;  // [tokens,K]
+  at::Tensor part_inputs(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t first, std::size_t end) const;
   void swap_weights(std::int64_t layer, std::map<std::string, at::Tensor>& weights);
+
   Transformer& model_;
   const CalibrationSet& set_;
-  std::vector<at::Tensor> quantized_, teacher_;  // per batch [B,T,d]
+  CalibrationOptions options_;
+  Stream quantized_, teacher_;
+  bool teacher_ahead_ = false;  // behind the block already
 };
 
 }  // namespace kompakt

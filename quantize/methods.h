@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -22,10 +23,14 @@ struct LayerOptions {
   std::int64_t polish_rounds = 0;
 };
 
+struct InputFactors;  // quantize/factors.h
+
 struct LayerInput {
   at::Tensor weight;   // [N,K] float32
   at::Tensor hessian;  // [K,K] E[x x^T], inputs of the quantized prefix; float32 or float64; undefined for data-free methods
   at::Tensor cross;    // [K,K] E[x~ x^T], x~ = the teacher's input; undefined = no teacher target
+  // Given to every linear with this input, so that what depends on the input alone is computed once; null = nothing is kept.
+  std::shared_ptr<InputFactors> factors;
 };
 
 struct LayerResult {

@@ -61,7 +61,10 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.integer("calibration_sequences", options.calibration_sequences, "training examples or text windows that the method looks at", {.min = 1});
   visitor.section("budget", options.has_budget, "a size of the whole file: the grid of every tensor is chosen so that it fits and the predictions change least", [&](FieldVisitor& inner) { fields(inner, options.budget); });
   visitor.choice("others", options.others, "type of tensors without a grid", {"f32", "f16"});
-  visitor.choice("sweep_precision", options.sweep_precision, "number type of factorization and sweep", {"float32", "float64"});
+  visitor.choice("sweep_precision", options.sweep_precision, "number type of the inputs' second moments, of factorization and sweep", {"float32", "float64"});
+  visitor.flag("bias_correction", options.bias_correction, "where a layer has a bias, codes are chosen for the covariance of its inputs and the bias takes the mean error");
+  visitor.flag("spill", options.spill, "keep the activations of the calibration set on disk: less memory, a little slower");
+  visitor.flag("layer_table", options.layer_table, "print the table of layers when the stage is done");
   visitor.number("warmup_strength", options.warmup_strength, "method qad: share of the steps over which quantization fades in", {.min = 0, .max = 1});
   visitor.subtree("objective", options.objective, "method qad: list of losses, as in distill");
   fields(visitor, options.train);  // method qad

@@ -5,15 +5,22 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 
 #include "core/error.h"
 #include "core/log.h"
+#include "core/node.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "model/paged.h"
 #include "quantize/basis.h"
+#include "quantize/factors.h"
 #include "quantize/hessian.h"
+#include "quantize/layer_report.h"
 #include "quantize/methods.h"
+#include "quantize/records.h"
 #include "quantize/tensors.h"
 #include "train/loop.h"
 
@@ -30,6 +37,8 @@ class QuantizeRun {
       if (layer_options_.teacher_target == 0) layer_options_.teacher_target = 0.5;
       if (layer_options_.polish_rounds == 0) layer_options_.polish_rounds = 4;
     }
+    if (method_.needs_train && options.train.label_smoothing > 0)
+      throw Error("label_smoothing would not be used").at(context.title).given(shortest(options.train.label_smoothing)).hint("write it into quantize.objective: {labels: cross_entropy, label_smoothing: ...}");
     for (const std::string& sentence : result_.plan.fallbacks) log_warning(str(context.title, ": ", sentence));
   }
 
@@ -38,10 +47,11 @@ class QuantizeRun {
     at::NoGradGuard no_grad;
     Progress progress(context_.title, static_cast<std::int64_t>(result_.plan.tensors.size()), "tensor");
     progress_ = &progress;
-    const at::Tensor float_embedding = model_.tokens.weight;
-    for (const QuantizableTensor& tensor : quantizable_tensors(model_))
-      if (tensor.role != QuantizableRole::linear || !method_.needs_calibration) round_tensor(tensor);
-    if (method_.needs_calibration) calibrate(layer_options_.teacher_target > 0 ? float_embedding : at::Tensor());
+    if (method_.needs_calibration)
+      calibrate();
+    else
+      round_tensors(true);
+    if (options_.layer_table) log_info(layer_table(layers_));
     progress.finish(str(result_.tensors.size(), " tensors, ", human_bytes(static_cast<double>(packed_bytes_))));
     describe();
     return std::move(result_);
@@ -54,84 +64,151 @@ class QuantizeRun {
     if (context_.details) (*context_.details)["training"] = Json{{"steps", trained.steps}, {"final_loss", trained.final_loss}, {"dev_score", trained.dev_score}, {"seconds", trained.seconds}};
   }
 
-  void round_tensor(const QuantizableTensor& tensor) {
-    const auto planned = result_.plan.tensors.find(tensor.name);
-    if (planned == result_.plan.tensors.end()) return;
-    check_interrupted();
-    const auto start = std::chrono::steady_clock::now();
-    LayerResult layer;
-    try {
-      // Embedding and head by rounding; data-free methods round everything themselves.
-      layer = (method_.needs_calibration ? quantize_rtn : method_.quantize)({tensor.weight->detach(), {}, {}}, planned->second, layer_options_);
-    } catch (Error& error) {
-      throw error.place().empty() ? error.at(tensor.name) : error;
+  // By rounding: the embedding, the heads and, with `linears`, the linears of blocks.
+  void round_tensors(bool linears) {
+    for (const QuantizableTensor& tensor : quantizable_tensors(model_)) {
+      const auto planned = result_.plan.tensors.find(tensor.name);
+      if (planned == result_.plan.tensors.end() || (tensor.role == QuantizableRole::linear && !linears)) continue;
+      check_interrupted();
+      const auto start = std::chrono::steady_clock::now();
+      LayerResult layer;
+      try {
+        // Embedding and head by rounding; data-free methods round everything themselves.
+        layer = (method_.needs_calibration ? quantize_rtn : method_.quantize)({tensor.weight->detach(), {}, {}, {}}, planned->second, layer_options_);
+      } catch (Error& error) {
+        throw error.place().empty() ? error.at(tensor.name) : error;
+      }
+      Json row = describe_layer(tensor.name, planned->second, tensor.weight->detach(), layer.quantized);
+      row["seconds"] = seconds_since(start);
+      store(tensor, planned->second, std::move(layer.quantized), std::move(row));
+      if (linears) release_pages(*tensor.weight);
     }
-    store(tensor, planned->second, std::move(layer), {}, start);
   }
 
-  void calibrate(const at::Tensor& float_embedding) {
+  void calibrate() {
     const CalibrationSet set = calibration_set(context_, options_.calibration_sequences);
+    describe_calibration(set);
+    SequentialCalibration calibration(model_, set, {layer_options_.teacher_target > 0, layer_options_.float64, options_.spill ? context_.work : std::filesystem::path()});
+    round_tensors(false);
+    calibration.start();
+    release_pages(model_);
+    BlockRecords records(context_, identity(set));
+    const auto blocks = static_cast<std::int64_t>(model_.blocks.size());
+    const std::int64_t known = records.load_activations(calibration);  // in front of this block
+    for (std::int64_t layer = 0; layer < blocks; ++layer) {
+      check_interrupted();
+      Block& block = model_.blocks[static_cast<std::size_t>(layer)];
+      std::map<std::string, at::Tensor> original;  // the float block
+      for (const NamedParameter& parameter : block_parameters(block)) original[parameter.name] = parameter.value->detach().clone();
+      if (auto record = records.load(layer, model_)) {
+        for (auto& [name, quantized] : record->quantized.tensors) {
+          Json row;
+          for (const Json& saved : record->layers)
+            if (saved.at("layer") == name) row = saved;
+          store(find_quantizable(model_, name), record->quantized.plan.tensors.at(name), std::move(quantized), std::move(row));
+        }
+      } else {
+        const std::size_t first_row = layers_.size();
+        for (const BlockPart part : block_parts) quantize_part(calibration, layer, part, original);
+        save_block(records, layer, first_row);
+      }
+      if (layer >= known && layer + 1 < blocks) {
+        calibration.advance(layer, original);
+        records.save_activations(layer + 1, calibration);
+      }
+      for (const NamedParameter& parameter : block_parameters(block)) release_pages(*parameter.value);
+    }
+  }
+
+  void describe_calibration(const CalibrationSet& set) {
     std::int64_t widest = 0;
-    for (Linear* linear : model_.linears()) widest = std::max(widest, linear->in_features());
+    for (const Linear* linear : model_.linears()) widest = std::max(widest, linear->in_features());
     if (set.tokens < 4 * widest)
       log_warning(str(context_.title, ": ", set.tokens, " calibration tokens are few for layers of ", widest, " inputs; 20 tokens an input are a good rule (", 20 * widest, ")"));
     if (context_.details)
       (*context_.details)["calibration"] = Json{{"sequences", set.sequences}, {"tokens", set.tokens}, {"sha256", set.hash}, {"tokens_per_input", static_cast<double>(set.tokens) / static_cast<double>(std::max<std::int64_t>(1, widest))}};
-    SequentialCalibration calibration(model_, set, float_embedding);
-    for (std::size_t layer = 0; layer < model_.blocks.size(); ++layer) {
-      Block& block = model_.blocks[layer];
-      std::map<std::string, at::Tensor> original;  // float weights of this block, for the teacher's passes
-      const std::vector<std::vector<Linear*>> groups = {{&block.attention.query, &block.attention.key, &block.attention.value}, {&block.attention.output}, {&block.mlp.gate, &block.mlp.up}, {&block.mlp.down}};
-      for (const auto& group : groups)
-        for (const Linear* linear : group)
-          if (linear->weight.defined()) original[linear->name] = linear->weight;
-      for (const auto& group : groups) {
-        SecondMoments moments;  // shared by linears with the same input
-        for (Linear* linear : group) {
-          const auto planned = result_.plan.tensors.find(linear->name);
-          if (!linear->weight.defined() || planned == result_.plan.tensors.end()) continue;
-          check_interrupted();
-          const auto start = std::chrono::steady_clock::now();
-          if (!moments.hessian.defined()) moments = calibration.moments(static_cast<std::int64_t>(layer), linear->name, original);
-          const at::Tensor weight = linear->weight.detach();
-          const LayerInput input{weight.to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor()};
-          LayerResult result;
-          try {
-            result = method_.quantize(input, planned->second, layer_options_);
-          } catch (Error& error) {
-            throw error.place().empty() ? error.at(linear->name) : error;
-          }
-          store(find_quantizable(model_, linear->name), planned->second, std::move(result), input.hessian, start);
-        }
+  }
+
+  // What the blocks' results depend on beside the model, which the work folder stands for.
+  Json identity(const CalibrationSet& set) const {
+    QuantizeOptions options = options_;
+    return Json{{"options", dump_yaml(write_fields([&](FieldVisitor& v) { fields(v, options); }))}, {"calibration", set.hash}, {"seed", context_.seed}};
+  }
+
+  void quantize_part(SequentialCalibration& calibration, std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original) {
+    std::vector<Linear*> linears = part_linears(model_.blocks[static_cast<std::size_t>(layer)], part);
+    std::erase_if(linears, [&](const Linear* linear) { return !result_.plan.tensors.count(linear->name); });
+    if (linears.empty()) return;
+    auto start = std::chrono::steady_clock::now();  // the first linear carries the time of the moments
+    SecondMoments moments = calibration.moments(layer, part, original);
+    const bool correct_bias = options_.bias_correction && std::all_of(linears.begin(), linears.end(), [](const Linear* linear) { return linear->bias.defined(); });
+    if (correct_bias) subtract_means(moments);
+    const auto factors = std::make_shared<InputFactors>();
+    for (Linear* linear : linears) {
+      check_interrupted();
+      const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors};
+      const GridSpec& spec = result_.plan.tensors.at(linear->name);
+      LayerResult layer_result;
+      try {
+        layer_result = method_.quantize(input, spec, layer_options_);
+      } catch (Error& error) {
+        throw error.place().empty() ? error.at(linear->name) : error;
       }
-      calibration.advance(static_cast<std::int64_t>(layer), original);
+      Json row = describe_layer(linear->name, spec, input.weight, layer_result.quantized);
+      describe_output(row, spec, input.weight, layer_result, moments);
+      if (const std::string& path = layer_result.path; path.find("cholesky") != 0 || path.find(',') != std::string::npos)
+        log_warning(str(context_.title, ": ", linear->name, ": ", path, " (damping ", shortest(layer_result.damping), ")"));
+      if (correct_bias) row["bias_shift"] = shift_bias(*linear, decode(spec, layer_result.quantized), moments);
+      row["seconds"] = seconds_since(start);
+      store(find_quantizable(model_, linear->name), spec, std::move(layer_result.quantized), std::move(row));
+      start = std::chrono::steady_clock::now();
     }
   }
 
-  void store(const QuantizableTensor& tensor, const GridSpec& spec, LayerResult layer, const at::Tensor& hessian, std::chrono::steady_clock::time_point start) {
-    const at::Tensor original = tensor.weight->detach().to(at::kCPU, at::kFloat), decoded = decode(spec, layer.quantized).to(at::kCPU);
-    const double square = original.square().sum(at::kDouble).item<double>();
-    const double relative = square > 0 ? (original - decoded).square().sum(at::kDouble).item<double>() / square : 0;
-    Json row = {{"layer", tensor.name}, {"format", std::string(spec.grid->name)}, {"group", spec.group}, {"rows", original.size(0)}, {"columns", original.size(1)},
-                {"bits", spec.bits_per_weight(original.size(1))}, {"error", relative}};
-    std::string note = str(tensor.name, " ", spec.grid->name, " error ", fixed(relative, 4));
-    if (hessian.defined()) {
-      const double output = output_error(original, decoded, hessian);
-      row["output_error"] = output;
-      row["damping"] = layer.damping;
-      row["path"] = layer.path;
-      row["dead_inputs"] = layer.dead;
-      if (!layer.objective.empty() && layer.objective.front() > 0) row["polish_gain"] = 1 - layer.objective.back() / layer.objective.front();
-      note += str(" output ", fixed(output, 4));
-      if (layer.path.find("cholesky") != 0 || layer.path.find(',') != std::string::npos) log_warning(str(context_.title, ": ", tensor.name, ": ", layer.path, " (damping ", shortest(layer.damping), ")"));
+  // b += W m~ - W^ m: the mean error of the outputs, which the codes were chosen without. Root mean square of the change.
+  double shift_bias(Linear& linear, const at::Tensor& decoded, const SecondMoments& moments) const {
+    const double alpha = moments.teacher_mean.defined() ? layer_options_.teacher_target : 0;
+    const at::Tensor mean = moments.mean.to(at::kCPU), target = alpha > 0 ? mean + alpha * (moments.teacher_mean.to(at::kCPU) - mean) : mean;
+    const at::Tensor weight = linear.weight.detach().to(at::kCPU);
+    const at::Tensor shift = at::matmul(weight.to(at::kDouble), target) - at::matmul(decoded.to(at::kCPU, at::kDouble), mean);
+    linear.bias = (linear.bias.detach().to(at::kCPU, at::kDouble) + shift).to(linear.bias.device(), at::kFloat);
+    return std::sqrt(shift.square().mean().item<double>());
+  }
+
+  void save_block(const BlockRecords& records, std::int64_t layer, std::size_t first_row) {
+    QuantizedModel block;
+    Json rows = Json::array();
+    for (std::size_t i = first_row; i < layers_.size(); ++i) {
+      const std::string name = layers_[i].at("layer");
+      block.plan.tensors[name] = result_.plan.tensors.at(name);
+      block.tensors[name] = result_.tensors.at(name);
+      rows.push_back(layers_[i]);
     }
-    row["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    records.save(layer, model_, block, rows);
+  }
+
+  static double seconds_since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
+
+  void store(const QuantizableTensor& tensor, const GridSpec& spec, Quantized quantized, Json row) {
+    std::string note = str(tensor.name, " ", spec.grid->name, " error ", fixed(row.at("error").get<double>(), 4));
+    if (row.contains("output_error")) note += str(" output ", fixed(row.at("output_error").get<double>(), 4));
     layers_.push_back(std::move(row));
-    packed_bytes_ += spec.packed_bytes(original.size(0), original.size(1));
-    weights_ += original.numel();
-    *tensor.weight = decoded.to(tensor.weight->device());
-    result_.tensors[tensor.name] = std::move(layer.quantized);
+    packed_bytes_ += spec.packed_bytes(tensor.weight->size(0), tensor.weight->size(1));
+    weights_ += tensor.weight->numel();
+    put_decoded(*tensor.weight, spec, quantized);
+    result_.tensors[tensor.name] = std::move(quantized);
     progress_->update(static_cast<std::int64_t>(result_.tensors.size()), note);
+  }
+
+  // Where the weight lies, by rows: weights that lie in a file stay there.
+  static void put_decoded(at::Tensor& weight, const GridSpec& spec, const Quantized& quantized) {
+    constexpr std::int64_t chunk = 4096;
+    at::Tensor target = is_paged(weight) ? weight.detach() : at::empty_like(weight.detach());
+    for (std::int64_t first = 0; first < target.size(0); first += chunk) {
+      const std::int64_t end = std::min(target.size(0), first + chunk);
+      target.slice(0, first, end).copy_(decode(spec, rows_of(quantized, first, end)));
+    }
+    weight = target;
   }
 
   void describe() {
@@ -139,6 +216,11 @@ class QuantizeRun {
     Json& details = *context_.details;
     details["method"] = std::string(method_.name);
     details["layers"] = layers_;
+    if (const auto unsteady = std::count_if(layers_.begin(), layers_.end(), halves_disagree); details.contains("calibration")) {
+      details["calibration"]["layers_whose_halves_disagree"] = unsteady;
+      if (unsteady > 0)
+        log_warning(str(context_.title, ": in ", unsteady, " of ", layers_.size(), " layers the errors on the two halves of the calibration set differ by more than the method gains over rounding: give more calibration data"));
+    }
     details["packed_bytes"] = packed_bytes_;
     details["bits_per_quantized_weight"] = weights_ > 0 ? 8.0 * static_cast<double>(packed_bytes_) / static_cast<double>(weights_) : 0.0;
     details["fallbacks"] = result_.plan.fallbacks;

@@ -47,7 +47,10 @@ struct QuantizeOptions {
   double teacher_target = 0;        // alpha of the teacher-activation target; 0 = off
   std::int64_t polish_rounds = 0;   // refit + coordinate descent
   std::int64_t calibration_sequences = 128;
-  std::string sweep_precision = "float32";  // of factorization and sweep: float32 | float64
+  std::string sweep_precision = "float32";  // of moments, factorization and sweep: float32 | float64
+  bool bias_correction = true;              // a bias takes the mean error of its layer's outputs
+  bool spill = false;                       // activations of the calibration set in the working folder instead of in memory
+  bool layer_table = false;                 // print the table of layers at the end
   // qad
   double warmup_strength = 0;           // share of the steps over which quantization fades in
   TrainOptions train;

@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "model/parallel.h"
 #include "quantize/code_rule.h"
+#include "quantize/factors.h"
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"
@@ -28,11 +30,34 @@ KOMPAKT_LANES void trifit_add(float* r, const float* h, float delta, std::int64_
   for (; i < n; ++i) r[i] += h[i] * delta;
 }
 
+KOMPAKT_LANES double trifit_dot(const float* a, const float* b, std::int64_t n) {
+  Lanes sum = {};
+  std::int64_t i = 0;
+  for (; i + lane_count <= n; i += lane_count) {
+    Lanes x, y;
+    KOMPAKT_LOAD(x, a + i);
+    KOMPAKT_LOAD(y, b + i);
+    sum = sum + x * y;
+  }
+  double out = sum_lanes(sum);
+  for (; i < n; ++i) out += static_cast<double>(a[i]) * b[i];
+  return out;
+}
+
+// What every chunk of rows sees of the Hessian.
+struct TrifitMetric {
+  at::Tensor hessian;      // [K,K] float32, positive on its diagonal
+  at::Tensor inverse;      // [K] 1 / H_jj
+  at::Tensor group_rows;   // [G,K] float32 sums of the rows of every group; only for grids with free offsets
+  at::Tensor group_blocks; // [G,G] float64 sums of its blocks; likewise
+};
+
 // The rows of one chunk, with everything the two subproblems share.
 struct TrifitChunk {
   const GridSpec& spec;
-  at::Tensor hessian;   // [K,K] float32
+  const TrifitMetric& metric;
   at::Tensor weight;    // [n,K] target
+  at::Tensor goal;      // [n,K] weight H
   at::Tensor codes;     // [n,K] int8
   at::Tensor scales;    // [n,G]
   at::Tensor offsets;   // [n,G] or undefined
@@ -66,23 +91,49 @@ void trifit_round_offsets(at::Tensor& offsets) {
 // Joint least squares of all scales (and free offsets) of every row. Rows whose objective would not fall keep theirs.
 void trifit_refit(TrifitChunk& c, bool stored) {
   const bool free_offsets = c.offsets.defined() && !c.spec.grid->integer_zero;
-  const at::Tensor t = c.multipliers();
-  const std::int64_t unknowns = c.groups * (free_offsets ? 2 : 1);
+  const at::Tensor t = c.multipliers().contiguous();
+  const std::int64_t unknowns = c.groups * (free_offsets ? 2 : 1), square = unknowns * unknowns;
   at::Tensor normal = at::empty({c.rows, unknowns, unknowns}, at::kDouble), right = at::empty({c.rows, unknowns}, at::kDouble);
-  const auto grouped = [&](const at::Tensor& products, const at::Tensor& factor) {  // [n,K] * [n,K] summed by group -> [n,G]
-    at::Tensor p = products * factor;
-    const std::int64_t padded = c.groups * c.group;
-    if (padded != c.columns) p = at::constant_pad_nd(p, {0, padded - c.columns});
-    return p.view({c.rows, c.groups, c.group}).sum(2).to(at::kDouble);
-  };
-  const at::Tensor ones = free_offsets ? at::ones_like(t) : at::Tensor();
-  for (std::int64_t i = 0; i < unknowns; ++i) {
-    const std::int64_t g = i % c.groups, first = g * c.group, end = std::min(c.columns, first + c.group);
-    const at::Tensor basis = (i < c.groups ? t : ones).slice(1, first, end);
-    const at::Tensor product = at::matmul(basis, c.hessian.slice(0, first, end));  // row i of B H: [n,K]
-    normal.select(1, i).slice(1, 0, c.groups).copy_(grouped(product, t));
-    if (free_offsets) normal.select(1, i).slice(1, c.groups).copy_(grouped(product, ones));
-    right.select(1, i).copy_((product * c.weight).sum(1).to(at::kDouble));
+  at::Tensor silent = at::empty({c.rows, c.groups}, at::kBool);  // groups without any multiplier
+  double* n = normal.data_ptr<double>();
+  double* b = right.data_ptr<double>();
+  const float* multiplier = t.data_ptr<float>();
+  const float* goal = c.goal.data_ptr<float>();
+  for (std::int64_t g = 0; g < c.groups; ++g) {
+    // Row g of B H from the group's own columns on: what lies before is known by symmetry.
+    const std::int64_t first = g * c.group, end = std::min(c.columns, first + c.group), width = c.columns - first;
+    const at::Tensor product = at::matmul(t.slice(1, first, end), c.metric.hessian.slice(0, first, end).slice(1, first)).contiguous();
+    const float* p = product.data_ptr<float>();
+    for (std::int64_t row = 0; row < c.rows; ++row) {
+      const float* tr = multiplier + row * c.columns;
+      double* nr = n + row * square;
+      for (std::int64_t other = g; other < c.groups; ++other) {
+        const std::int64_t from = other * c.group, length = std::min(c.columns, from + c.group) - from;
+        nr[g * unknowns + other] = nr[other * unknowns + g] = trifit_dot(p + row * width + from - first, tr + from, length);
+      }
+      b[row * unknowns + g] = trifit_dot(goal + row * c.columns + first, tr + first, end - first);
+      silent.data_ptr<bool>()[row * c.groups + g] = trifit_dot(tr + first, tr + first, end - first) == 0;
+    }
+  }
+  if (free_offsets) {  // the basis of an offset is a group of ones, the same for every row
+    const float* sums = c.metric.group_rows.data_ptr<float>();
+    const double* blocks = c.metric.group_blocks.data_ptr<double>();
+    for (std::int64_t row = 0; row < c.rows; ++row) {
+      const float* tr = multiplier + row * c.columns;
+      const float* gr = goal + row * c.columns;
+      double* nr = n + row * square;
+      for (std::int64_t g = 0; g < c.groups; ++g) {
+        const std::int64_t ones = c.groups + g;
+        for (std::int64_t other = 0; other < c.groups; ++other) {
+          const std::int64_t from = other * c.group, length = std::min(c.columns, from + c.group) - from;
+          nr[ones * unknowns + other] = nr[other * unknowns + ones] = trifit_dot(sums + g * c.columns + from, tr + from, length);
+          nr[ones * unknowns + c.groups + other] = blocks[g * c.groups + other];
+        }
+        double sum = 0;
+        for (std::int64_t j = g * c.group; j < std::min(c.columns, (g + 1) * c.group); ++j) sum += gr[j];
+        b[row * unknowns + ones] = sum;
+      }
+    }
   }
   const at::Tensor gram = normal.clone();  // without the ridge: judges candidates
   const at::Tensor ridge = normal.diagonal(0, 1, 2).mean(1).clamp_min(1e-30) * 1e-6;
@@ -91,7 +142,7 @@ void trifit_refit(TrifitChunk& c, bool stored) {
   at::Tensor solution = at::cholesky_solve(right.unsqueeze(2), lower).squeeze(2);
   at::Tensor scales = solution.slice(1, 0, c.groups).to(at::kFloat), offsets = free_offsets ? solution.slice(1, c.groups).to(at::kFloat) : at::Tensor();
   // A group without any non-zero multiplier says nothing about its scale; one whose sign turned is legal only on some grids.
-  at::Tensor keep = grouped(t, t).eq(0).logical_or(scales.isfinite().logical_not()).logical_or(scales.abs().gt(grid::largest_half));
+  at::Tensor keep = silent.logical_or(scales.isfinite().logical_not()).logical_or(scales.abs().gt(grid::largest_half));
   TrifitChunk candidate = c;
   at::Tensor sign;  // of the codes, where it turns
   if (!c.spec.grid->signed_scale && c.spec.grid->code_min == -c.spec.grid->code_max) {  // mirrored codes: the sign moves into them
@@ -122,41 +173,71 @@ void trifit_refit(TrifitChunk& c, bool stored) {
 }
 
 // One cyclic pass over the codes of every row. The objective before and after comes with it for free.
+// The columns of a block are settled row by row; what they do to the columns to come is added behind the block, where a row of H
+// serves all rows of the chunk.
 std::pair<double, double> trifit_descend(TrifitChunk& c) {
   const Grid& grid = *c.spec.grid;
   const CodeRule rule(grid);
-  at::Tensor values = c.decoded().contiguous(), residual = at::matmul(values - c.weight, c.hessian).contiguous();
+  const std::int64_t columns = c.columns;
+  constexpr std::int64_t block = 64;
+  at::Tensor values = c.decoded().contiguous();
+  const at::Tensor error = values - c.weight;
+  at::Tensor residual = at::matmul(error, c.metric.hessian).contiguous();
   float* w = values.data_ptr<float>();
   float* r = residual.data_ptr<float>();
-  const float* h = c.hessian.data_ptr<float>();
+  const float* h = c.metric.hessian.data_ptr<float>();
+  const float* inverse_diagonal = c.metric.inverse.data_ptr<float>();
   std::int8_t* codes = c.codes.data_ptr<std::int8_t>();
   const float* scales = c.scales.data_ptr<float>();
   const float* offsets = c.offsets.defined() ? c.offsets.data_ptr<float>() : nullptr;
-  const auto objective = [&] { return ((values - c.weight).to(at::kDouble) * residual.to(at::kDouble)).sum().item<double>(); };
-  const double before = objective();
-  for (std::int64_t row = 0; row < c.rows; ++row) {
-    float* rr = r + row * c.columns;
-    for (std::int64_t g = 0; g < c.groups; ++g) {
-      const float scale = scales[row * c.groups + g], offset = offsets ? offsets[row * c.groups + g] : 0.0f;
-      if (scale == 0) continue;
-      const float inverse = grid::inverse_scale(scale);
-      const std::int64_t end = std::min(c.columns, (g + 1) * c.group);
-      for (std::int64_t j = g * c.group; j < end; ++j) {
-        const std::int64_t at = row * c.columns + j;
-        const float target = w[at] - rr[j] / h[j * c.columns + j];
+  const double before = trifit_dot(error.data_ptr<float>(), r, error.numel());
+  double gained = 0;
+  at::Tensor changes = at::empty({c.rows, block});
+  float* change = changes.data_ptr<float>();
+  for (std::int64_t from = 0; from < columns; from += block) {
+    const std::int64_t to = std::min(columns, from + block);
+    std::int64_t changed = 0;
+    for (std::int64_t row = 0; row < c.rows; ++row) {
+      float* rr = r + row * columns;
+      float* row_change = change + row * block;
+      std::int64_t g = -1, group_end = from;
+      float scale = 0, offset = 0, inverse = 0;
+      for (std::int64_t j = from; j < to; ++j) {
+        row_change[j - from] = 0;
+        if (j >= group_end) {
+          g = j / c.group, group_end = (g + 1) * c.group;
+          scale = scales[row * c.groups + g], offset = offsets ? offsets[row * c.groups + g] : 0.0f;
+          inverse = scale == 0 ? 0.0f : grid::inverse_scale(scale);
+        }
+        if (scale == 0) continue;
+        const std::int64_t at = row * columns + j;
+        const float target = w[at] - rr[j] * inverse_diagonal[j];
         const float code = rule.nearest(target, inverse, offset);
         const float value = grid::decode_value(rule.value(code), scale, offset), delta = value - w[at];
         if (delta == 0) continue;
         // Nearest by rounding and nearest by value may differ at a tie: only a real gain changes a code.
-        const float gain = delta * (2 * rr[j] + delta * h[j * c.columns + j]);
+        const float gain = delta * (2 * rr[j] + delta * h[j * columns + j]);
         if (!(gain < 0)) continue;
         codes[at] = static_cast<std::int8_t>(static_cast<int>(code));
         w[at] = value;
-        trifit_add(rr, h + j * c.columns, delta, c.columns);
+        row_change[j - from] = delta;
+        gained += gain;
+        ++changed;
+        // From a whole lane on; columns that were visited get it as well, which nothing reads.
+        const std::int64_t lane = from + (j - from) / lane_count * lane_count;
+        trifit_add(rr + lane, h + j * columns + lane, delta, to - lane);
       }
     }
+    if (to == columns || changed == 0) continue;
+    if (changed * 4 > c.rows * (to - from)) {  // so many that a dense product is faster
+      residual.slice(1, to).addmm_(changes.slice(1, 0, to - from), c.metric.hessian.slice(0, from, to).slice(1, to));
+      continue;
+    }
+    for (std::int64_t j = from; j < to; ++j)
+      for (std::int64_t row = 0; row < c.rows; ++row)
+        if (const float delta = change[row * block + j - from]; delta != 0) trifit_add(r + row * columns + to, h + j * columns + to, delta, columns - to);
   }
-  return {before, objective()};
+  return {before, before + gained};
 }
 
 }  // namespace
@@ -165,8 +246,18 @@ void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec&
   at::NoGradGuard no_grad;
   const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.group_for(columns), groups = spec.scale_count(columns);
   const at::Tensor h = hessian.to(at::kFloat).contiguous(), w = weight.to(at::kFloat).contiguous();
+  TrifitMetric metric{h, h.diagonal().reciprocal().contiguous(), {}, {}};
+  if (spec.grid->asymmetric && !spec.grid->integer_zero) {
+    std::vector<at::Tensor> sums;
+    for (std::int64_t g = 0; g < groups; ++g) sums.push_back(h.slice(0, g * group, std::min(columns, (g + 1) * group)).sum(0, false, at::kDouble));
+    const at::Tensor wide = at::stack(sums);
+    metric.group_rows = wide.to(at::kFloat).contiguous();
+    std::vector<at::Tensor> blocks;
+    for (std::int64_t g = 0; g < groups; ++g) blocks.push_back(wide.slice(1, g * group, std::min(columns, (g + 1) * group)).sum(1));
+    metric.group_blocks = at::stack(blocks, 1).contiguous();
+  }
   const std::int64_t steps = 2 * rounds + 3;  // start; refit, descent per round; stored refit, last descent
-  constexpr std::int64_t chunk = 64;          // fixed: results do not depend on threads
+  constexpr std::int64_t chunk = 128;         // fixed: results do not depend on threads
   const std::int64_t chunks = (rows + chunk - 1) / chunk;
   at::Tensor history = at::zeros({chunks, steps}, at::kDouble);
   Quantized& q = quantized;
@@ -174,7 +265,8 @@ void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec&
     at::NoGradGuard worker_no_grad;
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t first = i * chunk, last = std::min(rows, first + chunk);
-      TrifitChunk c{spec, h, w.slice(0, first, last), q.codes.slice(0, first, last).clone(), q.scales.slice(0, first, last).clone(),
+      const at::Tensor part = w.slice(0, first, last);
+      TrifitChunk c{spec, metric, part, at::matmul(part, h), q.codes.slice(0, first, last).clone(), q.scales.slice(0, first, last).clone(),
                     q.offsets.defined() ? q.offsets.slice(0, first, last).clone() : at::Tensor(), group, groups, columns, last - first};
       double* out = history.data_ptr<double>() + i * steps;
       const auto descend = [&] {
@@ -204,16 +296,52 @@ void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec&
 
 at::Tensor teacher_target(const LayerInput& input, double alpha, double damping) {
   at::NoGradGuard no_grad;
-  const at::Tensor weight = input.weight.detach().to(at::kCPU, at::kFloat);
+  const at::Tensor weight = input.weight.detach().to(at::kCPU, at::kFloat).contiguous();
   if (alpha == 0 || !input.cross.defined()) return weight;
-  const at::Tensor h = input.hessian.to(at::kDouble), c = input.cross.to(at::kDouble);
-  at::Tensor damped = h.clone();
-  damped.diagonal().masked_fill_(h.diagonal().le(0), 1);
-  damped.diagonal().add_(std::max(damping, 1e-4) * h.diagonal().mean().item<double>());
-  const auto [lower, info] = at::linalg_cholesky_ex(damped);
-  if (info.item<int>() != 0) return weight;
-  const at::Tensor shift = at::cholesky_solve((c - h).t().contiguous(), lower).t();  // (C - H)(H + damping)^-1
-  return (weight + alpha * at::matmul(weight.to(at::kDouble), shift).to(at::kFloat)).contiguous();
+  InputFactors own;
+  InputFactors& factors = input.factors ? *input.factors : own;
+  const std::int64_t rows = weight.size(0), columns = weight.size(1);
+  if (!factors.tried) {
+    factors.tried = true;
+    const SingleThread single;
+    at::Tensor damped = input.hessian.to(at::kDouble).clone();
+    const at::Tensor diagonal = damped.diagonal().clone();
+    damped.diagonal().masked_fill_(diagonal.le(0), 1);
+    damped.diagonal().add_(std::max(damping, 1e-4) * diagonal.mean().item<double>());
+    const auto [lower, info] = at::linalg_cholesky_ex(damped);
+    if (info.item<int>() == 0) factors.lower = lower;
+  }
+  if (!factors.lower.defined()) return weight;
+  const at::Tensor drift = input.cross - input.hessian;
+  // X (H + damping)^-1 in chunks of the rows of X: every bit is independent of threads.
+  const auto solved = [&](std::int64_t count, const std::function<at::Tensor(std::int64_t, std::int64_t)>& right, at::Tensor& out) {
+    constexpr std::int64_t chunk = 128;
+    at::parallel_for(0, (count + chunk - 1) / chunk, 1, [&](std::int64_t begin, std::int64_t end) {
+      at::NoGradGuard worker_no_grad;
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t first = i * chunk, last = std::min(count, first + chunk);
+        out.slice(0, first, last).copy_(at::cholesky_solve(right(first, last).to(at::kDouble).t().contiguous(), factors.lower).t());
+      }
+    });
+  };
+  at::Tensor target = at::empty_like(weight);
+  if (!factors.shift.defined() && rows < columns) {  // few rows: theirs alone are solved
+    solved(rows, [&](std::int64_t first, std::int64_t last) { return at::matmul(weight.slice(0, first, last).to(drift.scalar_type()), drift); }, target);
+    return weight + alpha * target;
+  }
+  if (!factors.shift.defined()) {
+    factors.shift = at::empty({columns, columns});
+    solved(columns, [&](std::int64_t first, std::int64_t last) { return drift.slice(0, first, last); }, factors.shift);
+  }
+  constexpr std::int64_t chunk = 128;
+  at::parallel_for(0, (rows + chunk - 1) / chunk, 1, [&](std::int64_t begin, std::int64_t end) {
+    at::NoGradGuard worker_no_grad;
+    for (std::int64_t i = begin; i < end; ++i) {
+      const at::Tensor part = weight.slice(0, i * chunk, std::min(rows, (i + 1) * chunk));
+      target.slice(0, i * chunk, std::min(rows, (i + 1) * chunk)).copy_(part + alpha * at::matmul(part, factors.shift));
+    }
+  });
+  return target;
 }
 
 LayerResult quantize_trifit(const LayerInput& input, const GridSpec& spec, const LayerOptions& options) {

@@ -83,14 +83,18 @@ std::string html_layers(const Json& report) {
     if (!layers || !layers->is_array() || layers->empty()) continue;
     double worst = 0;
     for (const Json& layer : *layers) worst = std::max(worst, number_at(layer, "error").value_or(0));
-    std::string table = "<table><thead><tr><th>layer</th><th>format</th><th class=\"num\">relative error</th><th class=\"num\">bits/weight</th><th class=\"num\">damping</th><th class=\"num\">time</th></tr></thead><tbody>\n";
+    std::string table = "<table><thead><tr><th>layer</th><th>format</th><th class=\"num\">relative error</th><th class=\"num\">of outputs</th><th class=\"num\">by rounding</th><th class=\"num\">halves differ</th><th class=\"num\">bits/weight</th><th class=\"num\">damping</th><th class=\"num\">time</th></tr></thead><tbody>\n";
+    const auto small_cell = [](const Json& layer, const char* key) {
+      const auto value = number_at(layer, key);
+      return str("<td class=\"num\">", value ? show_number(Unit::small_number, *value) : "–", "</td>");
+    };
     for (const Json& layer : *layers) {
       const auto error = number_at(layer, "error"), bits = number_at(layer, "bits"), seconds = number_at(layer, "seconds"), damping = number_at(layer, "damping");
-      table += str("<tr><td class=\"mono\">", details_text(layer, "layer"), "</td><td>", details_text(layer, "format"), "</td>", details_bar(worst > 0 && error ? *error / worst : 0, error ? show_number(Unit::small_number, *error) : "–", "bad"), "<td class=\"num\">", bits ? fixed(*bits, 2) : "–", "</td><td class=\"num\">", damping ? str(*damping) : "–", "</td><td class=\"num\">", seconds ? show_number(Unit::seconds, *seconds) : "–", "</td></tr>\n");
+      table += str("<tr><td class=\"mono\">", details_text(layer, "layer"), "</td><td>", details_text(layer, "format"), "</td>", details_bar(worst > 0 && error ? *error / worst : 0, error ? show_number(Unit::small_number, *error) : "–", "bad"), small_cell(layer, "output_error"), small_cell(layer, "rounding_error"), small_cell(layer, "halves"), "<td class=\"num\">", bits ? fixed(*bits, 2) : "–", "</td><td class=\"num\">", damping ? str(*damping) : "–", "</td><td class=\"num\">", seconds ? show_number(Unit::seconds, *seconds) : "–", "</td></tr>\n");
     }
     body += str("<details", layers->size() <= 24 ? " open" : "", "><summary>", html_escape(row->value("name", "")), " <small>", layers->size(), " layers</small></summary><div class=\"scroll\">", table, "</tbody></table></div></details>\n");
   }
-  return details_section("layers", "Layers", "Each quantized tensor: how far it is from its float values, and what it costs.", body);
+  return details_section("layers", "Layers", "Each quantized tensor: how far it is from its float values, how far its outputs are on the calibration inputs (and would be by rounding alone), by how much that error differs between the two halves of the calibration set, and what it costs.", body);
 }
 
 std::string html_budget(const Json& report) {

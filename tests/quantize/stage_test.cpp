@@ -11,7 +11,6 @@
 #include "core/random.h"
 #include "core/text.h"
 #include "quantize/fake_quant.h"
-#include "quantize/hessian.h"
 #include "quantize/methods.h"
 #include "quantize/tensors.h"
 #include "tests/support.h"
@@ -218,38 +217,6 @@ TEST_CASE("the embedding rounds the rows that a batch looks up, and as the whole
   whole->attach(*tied);
   CHECK(tied->tokens.transform_by_row == !tied->config().tied);  // a tied head needs every row
   whole->detach(*tied);
-}
-
-TEST_CASE("moments by taps equal moments of recorded inputs, padding left out", "[quantize][stage]") {
-  auto model = stage_bert();
-  const TaskData data = stage_examples();
-  StageContext context;
-  context.data = &data, context.title = "quantize";
-  const CalibrationSet set = calibration_set(context, 20);
-  CHECK(set.sequences == 20);
-  std::int64_t tokens = 0;
-  for (const auto& input : set.inputs) tokens += input.lengths.defined() ? input.lengths.sum().item<std::int64_t>() : input.ids.numel();
-  CHECK(set.tokens == tokens);
-  CHECK(set.hash == calibration_set(context, 20).hash);
-  CHECK(set.hash != calibration_set(context, 21).hash);
-  SequentialCalibration calibration(*model, set, {});
-  std::map<std::string, at::Tensor> none;
-  calibration.advance(0, none);
-  const std::string name = model->blocks[1].mlp.down.name;
-  const SecondMoments moments = calibration.moments(1, name, none);
-  CHECK(moments.tokens == tokens);
-  at::NoGradGuard no_grad;
-  at::Tensor sum = at::zeros({128, 128}, at::kDouble);
-  for (const auto& input : set.inputs) {
-    TapMap taps({"input:" + name});
-    model->forward(input, &taps);
-    const at::Tensor x = taps.at("input:" + name).to(at::kDouble);
-    for (std::int64_t r = 0; r < x.size(0); ++r) {
-      const at::Tensor row = x[r].slice(0, 0, input.lengths.defined() ? input.lengths[r].item<std::int64_t>() : x.size(1));
-      sum += at::matmul(row.t(), row);
-    }
-  }
-  CHECK(at::allclose(moments.hessian, sum / static_cast<double>(tokens), 1e-4, 1e-6));
 }
 
 TEST_CASE("each method leaves the decoded model, its table and better outputs than the one before", "[quantize][stage]") {

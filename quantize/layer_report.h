@@ -1,0 +1,29 @@
+// What the report says of every quantized matrix.
+#pragma once
+
+#include <string>
+
+#include "core/json.h"
+#include "quantize/hessian.h"
+#include "quantize/methods.h"
+
+namespace kompakt {
+
+// Name, format, shape, bits and relative squared error of the weights.
+Json describe_layer(const std::string& name, const GridSpec& spec, const at::Tensor& weight, const Quantized& quantized);
+
+// Adds to `row` what the calibration inputs tell. All errors are relative squared errors of the layer's outputs,
+// tr(E H E^T) / tr(W H W^T), on a sample of rows:
+//   output_error    of the result,
+//   rounding_error  of rounding to nearest: what the method started from,
+//   halves          |difference| of output_error on the two halves of the calibration set; absent with a single batch,
+// and damping, path, dead_inputs, polish_gain as in LayerResult.
+void describe_output(Json& row, const GridSpec& spec, const at::Tensor& weight, const LayerResult& result, const SecondMoments& moments);
+
+// The halves differ by more than the method gained over rounding.
+bool halves_disagree(const Json& row);
+
+// Rows as lines for people: layer, format, errors, damping, seconds.
+std::string layer_table(const Json& rows);
+
+}  // namespace kompakt
