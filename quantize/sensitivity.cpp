@@ -204,6 +204,16 @@ class SensitivityPass {
     return back;
   }
 
+  // `terms` [n] = g_t . E x_t of the real tokens of a batch. A classifier has one prediction a text, to which all tokens
+  // contribute: their terms add up first. Of a decoder, tokens are taken by themselves (the smaller variance).
+  double sum_of_squares(const at::Tensor& terms, std::size_t batch) const {
+    const at::Tensor wide = terms.to(at::kDouble);
+    if (!model_.config().is_classifier()) return wide.square().sum().item<double>();
+    const at::Tensor& ids = set_.inputs[batch].ids;
+    const at::Tensor positions = set_.valid[batch].defined() ? set_.valid[batch] : at::arange(ids.numel(), ids.options());
+    return at::zeros({ids.size(0)}, wide.options()).index_add_(0, positions.floor_divide(ids.size(1)), wide).square().sum().item<double>();
+  }
+
   // Per batch inputs [n,K] and output gradients [n,N] of one matrix.
   void score(const Linear& linear, const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& gradients) {
     const at::NoGradGuard no_grad;
@@ -227,7 +237,7 @@ class SensitivityPass {
       for (std::size_t b = half; b < inputs.size(); ++b) {
         const bool narrow = weight.size(0) <= weight.size(1);
         const at::Tensor product = narrow ? at::matmul(inputs[b], error.t()) * gradients[b] : at::matmul(gradients[b], error) * inputs[b];
-        sum += product.sum(1).to(at::kDouble).square().sum().item<double>();
+        sum += in_block ? sum_of_squares(product.sum(1), b) : product.sum(1).to(at::kDouble).square().sum().item<double>();
       }
       sums_[linear.name][f] += scored > 0 ? sum * all / scored : 0;
       relative_[linear.name][f] = square > 0 ? error.square().sum(at::kDouble).item<double>() / square : 0;
@@ -284,7 +294,7 @@ class SensitivityPass {
       square += used.square().sum(at::kDouble).item<double>();
       for (std::size_t f = 0; f < formats->size(); ++f) {
         const at::Tensor error = request_.error(used.contiguous(), (*formats)[f], {});
-        sums_[model_.tokens.name][f] += (gradient * error).sum(1).to(at::kDouble).square().sum().item<double>();
+        sums_[model_.tokens.name][f] += sum_of_squares((gradient * error).sum(1), b);
         errors[f] += error.square().sum(at::kDouble).item<double>();
       }
     }

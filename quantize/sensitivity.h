@@ -1,11 +1,12 @@
 // How much the model's predictions diverge when one matrix alone is stored in a format: estimated for every matrix and format
 // from one backward pass, by token-wise Fisher information.
 //
-//   KL(l, format) ~ 1/2 mean over predictions of the sum over tokens of (g_t^T E x_t)^2,
+//   KL(l, format) ~ 1/2 mean over predictions of the sum over tokens of (g_t^T E x_t)^2        (decoders)
+//   KL(l, format) ~ 1/2 mean over texts of (the sum over tokens of g_t^T E x_t)^2               (classifiers)
 //
 // x_t: input of the matrix at token t; g_t: gradient of -log p(label) with respect to its output, labels sampled from the
 // model itself; E = W - decode(encode(W)). The second-order expansion of the divergence with the Fisher matrix in place of the
-// Hessian, without the terms between different tokens. A token embedding contributes g_t . E[id_t], a head tied to it
+// Hessian; of decoders without the terms between different tokens. A token embedding contributes g_t . E[id_t], a head tied to it
 // contributes too: one matrix, stored once, whose costs add up.
 //
 // Memory: the inputs of all blocks for the calibration tokens (tokens x hidden x layers floats) and what the backward pass
