@@ -93,8 +93,9 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     input.vocabulary_kept = static_cast<std::int64_t>(kept_vocabulary(*tokenizer, texts, *vocabulary).size());
   }
 
-  // The teacher in float stays in memory beside the model of every stage after the one that made it.
-  std::int64_t teacher_bytes = recipe.is_classification() ? 0 : count_parameters(input.teacher).total * 4;
+  // The teacher in float stays in memory beside the model of every stage after the one that made it; one that is no classifier
+  // yet is not loaded for classification.
+  std::int64_t teacher_bytes = recipe.is_classification() && !input.teacher.is_classifier() ? 0 : count_parameters(input.teacher).total * 4;
   PlannedModel model;
   model.config = input.teacher;
   if (recipe.is_classification() && !model.config.is_classifier()) model.config.labels = tokenized->task.labels;

@@ -17,7 +17,12 @@ while [ "$#" -gt 0 ]; do
       sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
-    --set) options+=(--set "$2") && shift ;;
+    --set)
+      [ "$#" -ge 2 ] || die "--set needs key=value"
+      options+=(--set "$2")
+      shift
+      ;;
+    -*) die "unknown option '$1'" "allowed: --set key=value, --help" ;;
     *) positional+=("$1") ;;
   esac
   shift
