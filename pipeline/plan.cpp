@@ -99,6 +99,7 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
   PlannedModel model;
   model.config = input.teacher;
   if (recipe.is_classification() && !model.config.is_classifier()) model.config.labels = tokenized->task.labels;
+  model.teacher = model.config;
   std::vector<StagePrediction> out;
   for (const RecipeStage& stage : recipe.stages) {
     model.seconds = 0;
@@ -110,7 +111,7 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     prediction.title = stage.title;
     prediction.parameters = count_parameters(model.config).total;
     const std::int64_t weights = prediction.parameters * 4;
-    prediction.memory_bytes = base_memory_bytes + std::max(model.memory_bytes, 2 * weights) + teacher_bytes;
+    prediction.memory_bytes = std::max(model.memory_bytes, base_memory_bytes + 2 * weights) + teacher_bytes + model.cache_bytes;
     if (stage.row->name == "finetune") teacher_bytes = weights;
     prediction.seconds = model.seconds;
     if (stage.row->name == "export") prediction.bytes = model.budget_bytes > 0 ? model.budget_bytes : predict_packed_bytes(model.config, model.quantized);

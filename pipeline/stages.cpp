@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <functional>
+#include <set>
 
 #include "core/error.h"
 #include "core/text.h"
@@ -55,10 +56,21 @@ Node check_stage(const Node& node, const std::string& context, Problems& problem
 
 std::int64_t float_bytes(const ModelConfig& config) { return count_parameters(config).total * 4; }
 
-void add_training(const PlanInput& input, const TrainOptions& train, bool teacher, PlannedModel& model) {
-  const TrainCost cost = predict_cost(model.config, train, input.train_examples, input.tokens_per_example, input.touched_vocabulary, teacher);
+// `objective`: null for a training without teacher. A classifier's outputs on the training set are cached: logits, and in
+// bfloat16 what the objectives ask for.
+void add_training(const PlanInput& input, const TrainOptions& train, const Node* objective, PlannedModel& model) {
+  const TrainCost cost = predict_cost(model.config, train, input.train_examples, input.tokens_per_example, input.touched_vocabulary, objective ? &model.teacher : nullptr);
   model.seconds += input.gigaflops > 0 ? cost.flops / (input.gigaflops * 1e9) : 0;
   model.memory_bytes = std::max(model.memory_bytes, cost.memory_bytes);
+  if (!objective || !model.config.is_classifier()) return;
+  std::vector<std::int64_t> layer_map = model.layer_map;
+  for (std::int64_t layer = 0; model.layer_map.empty() && layer < model.config.layers; ++layer) layer_map.push_back(layer);
+  std::set<std::string> student_taps, teacher_taps;
+  Problems problems;
+  for (const auto& row : build_objectives(objective->is_null() ? default_objective(true) : *objective, layer_map, problems)) row->request_taps(student_taps, teacher_taps);
+  const double tokens = static_cast<double>(input.train_examples) * input.tokens_per_example;
+  model.cache_bytes = static_cast<std::int64_t>(2.0 * tokens * static_cast<double>(teacher_taps.size()) * static_cast<double>(model.teacher.hidden)) +
+                      4 * input.train_examples * static_cast<std::int64_t>(model.teacher.labels.size());
 }
 
 // Objectives of a stage that trains; the teacher layer that each student layer follows comes from the distillation before.
@@ -83,7 +95,7 @@ std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, Stage
 void plan_finetune(const Node& node, const PlanInput& input, PlannedModel& model) {
   const auto options = read_stage<FinetuneOptions>(node);
   if (!model.config.is_classifier() && input.recipe.is_classification()) model.config.labels.assign(1, "label");
-  add_training(input, options.train, false, model);
+  add_training(input, options.train, nullptr, model);
   model.bytes = float_bytes(model.config);
 }
 
@@ -95,7 +107,8 @@ void run_finetune(const Node& node, StageRun& run) {
 void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model) {
   const auto options = read_stage<DistillOptions>(node);
   if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
-  add_training(input, options.train, true, model);
+  model.layer_map = student_layer_map(options.student, model.teacher.layers);
+  add_training(input, options.train, &options.objective, model);
   model.bytes = float_bytes(model.config);
 }
 
@@ -115,7 +128,7 @@ void plan_prune(const Node& node, const PlanInput& input, PlannedModel& model) {
   const auto options = read_stage<PruneOptions>(node);
   model.config = pruned_config(model.config, options);
   if (options.has_vocabulary && input.vocabulary_kept > 0) model.config.vocab = input.vocabulary_kept;
-  if (options.has_recover) add_training(input, options.recover, true, model);
+  if (options.has_recover) add_training(input, options.recover, &options.objective, model);
   model.bytes = float_bytes(model.config);
 }
 
@@ -146,7 +159,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
     const BudgetFrame frame = budget_frame(model.config, options, budget_target(input.recipe, shapes, *input.tokenizer, true));
     model.quantized = frame.smallest, model.budget_bytes = frame.limit;
     model.notes.push_back(frame.note());
-    if (options.method == "qad") add_training(input, options.train, true, model);
+    if (options.method == "qad") add_training(input, options.train, &options.objective, model);
     model.bytes = float_bytes(model.config);
     return;
   }
@@ -154,7 +167,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   model.config = basis_config(model.config, options.basis);
   model.quantized = plan.tensors;
   model.notes.insert(model.notes.end(), plan.fallbacks.begin(), plan.fallbacks.end());
-  if (options.method == "qad") add_training(input, options.train, true, model);
+  if (options.method == "qad") add_training(input, options.train, &options.objective, model);
   model.bytes = float_bytes(model.config);
 }
 

@@ -39,6 +39,9 @@ struct StageRun {
 // What `plan` knows after a stage without running it.
 struct PlannedModel {
   ModelConfig config;
+  ModelConfig teacher;           // of the stages that have one
+  std::vector<std::int64_t> layer_map;  // of the distillation before; empty = layer i follows layer i
+  std::int64_t cache_bytes = 0;  // teacher's outputs on the training set: a mapped file whose pages count as memory
   std::map<std::string, GridSpec> quantized;
   std::int64_t budget_bytes = 0; // > 0: grids are chosen in the run, so that the artifact has at most these; `quantized` is the smallest plan
   std::int64_t bytes = 0;        // of the files that the stage writes

@@ -41,11 +41,12 @@ TrainResult finetune(Transformer& model, const FinetuneOptions& options, StageCo
 // `per_class` > 0: of the first so many examples of each class.
 void set_centroid_head(Transformer& model, const TokenizedExamples& examples, std::int64_t pad, std::int64_t per_class = 0);
 
-// Peak memory and time of a stage, for `plan`. Rates are measured on a few steps of the shape or taken from a table.
+// Arithmetic and peak memory of a training, for `plan`; frozen blocks are counted as what they save.
 struct TrainCost {
-  double flops = 0;              // forward + backward of all steps, teacher included
-  std::int64_t memory_bytes = 0; // weights, gradients, optimizer, activations, teacher cache
+  double flops = 0;              // forward + backward of all steps, the teacher's forwards included
+  std::int64_t memory_bytes = 0; // weights, gradients, optimizer, activations; without the teacher and its cache
 };
-TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, std::int64_t examples, double tokens_per_example, std::int64_t touched_vocabulary, bool teacher);
+// `teacher`: null when none is asked for.
+TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, std::int64_t examples, double tokens_per_example, std::int64_t touched_vocabulary, const ModelConfig* teacher);
 
 }  // namespace kompakt
