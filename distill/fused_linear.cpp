@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -16,9 +17,9 @@ using at::Tensor;
 using torch::autograd::variable_list;
 
 struct FusedCall {
-  const LogitLoss& loss;
+  std::span<const LogitTerm> terms;
   const FusedTeacher& teacher;
-  const LogitLossOptions& options;
+  std::int64_t vocabulary;
   Tensor valid;  // row indices that count, undefined = all
   bool has_bias;  // autograd functions take no undefined tensor: without a bias an empty one stands in
   std::int64_t chunk;
@@ -29,6 +30,11 @@ Tensor fused_rows(const Tensor& x, const Tensor& valid, std::int64_t begin, std:
   return valid.defined() ? x.index_select(0, valid.narrow(0, begin, size)) : x.narrow(0, begin, size);
 }
 
+SparseTargets fused_sparse_rows(const SparseTargets& all, const Tensor& valid, std::int64_t begin, std::int64_t size) {
+  const auto rows = [&](const Tensor& x) { return fused_rows(x, valid, begin, size); };
+  return {rows(all.ids), rows(all.log_p), rows(all.log_rest), rows(all.draws), rows(all.draw_log_p), all.vocabulary};
+}
+
 // The type of the matrix products: what autocast would choose, else the type of the hidden states.
 at::ScalarType fused_product_type(const Tensor& hidden) {
   const at::DeviceType device = hidden.device().type();
@@ -37,7 +43,7 @@ at::ScalarType fused_product_type(const Tensor& hidden) {
 }
 
 struct FusedFunction : torch::autograd::Function<FusedFunction> {
-  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedCall* call) {
+  static variable_list forward(torch::autograd::AutogradContext* context, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedCall* call) {
     const at::ScalarType type = fused_product_type(hidden);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const at::ScalarType sums = type == at::kDouble ? at::kDouble : at::kFloat;
@@ -46,29 +52,33 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
     const Tensor w = weight.detach().to(type), h = hidden.detach().to(type);
     const Tensor b = call->has_bias ? bias.detach().to(sums) : Tensor();
     const FusedTeacher& teacher = call->teacher;
-    const Tensor tw = teacher.logits.defined() ? Tensor() : teacher.weight.detach().to(type);
+    const Tensor tw = teacher.logits.defined() || teacher.sparse ? Tensor() : teacher.weight.detach().to(type);
     const std::int64_t rows = call->valid.defined() ? call->valid.numel() : h.size(0);
 
     Tensor grad_hidden = to_hidden ? at::zeros(h.sizes(), h.options().dtype(sums)) : Tensor();
     Tensor grad_weight = to_weight ? at::zeros(w.sizes(), w.options().dtype(sums)) : Tensor();
     Tensor grad_bias = to_bias ? at::zeros(b.sizes(), b.options()) : Tensor();
-    Tensor total = at::zeros({}, h.options().dtype(at::kDouble));
+    Tensor values = at::zeros({static_cast<std::int64_t>(call->terms.size()) + 2}, h.options().dtype(at::kDouble));
     for (std::int64_t begin = 0; begin < rows; begin += call->chunk) {
       const std::int64_t size = std::min(call->chunk, rows - begin);
       const Tensor x = fused_rows(h, call->valid, begin, size);
       Tensor logits = at::mm(x, w.t()).to(sums);
       if (b.defined()) logits.add_(b);
-      Tensor target;
-      if (teacher.logits.defined()) {
-        target = fused_rows(teacher.logits.detach(), call->valid, begin, size);
+      LogitSums part;
+      if (teacher.sparse) {
+        part = evaluate_sparse_terms(call->terms, logits, fused_sparse_rows(*teacher.sparse, call->valid, begin, size), call->vocabulary, gradient);
       } else {
-        target = at::mm(fused_rows(teacher.hidden.detach(), call->valid, begin, size).to(type), tw.t()).to(sums);
-        if (teacher.bias.defined()) target.add_(teacher.bias.detach().to(sums));
+        Tensor target;
+        if (teacher.logits.defined()) {
+          target = fused_rows(teacher.logits.detach(), call->valid, begin, size);
+        } else {
+          target = at::mm(fused_rows(teacher.hidden.detach(), call->valid, begin, size).to(type), tw.t()).to(sums);
+          if (teacher.bias.defined()) target.add_(teacher.bias.detach().to(sums));
+        }
+        part = evaluate_terms(call->terms, logits, target, call->vocabulary, gradient);
       }
-      Divergence part = evaluate_logits(call->loss, logits, target, call->options, gradient);
       logits.reset();
-      target.reset();
-      total.add_(part.value.sum(at::kDouble));
+      values.add_(part.values);
       if (!gradient) continue;
       part.gradient.div_(call->divisor);
       if (to_bias) grad_bias.add_(part.gradient.sum(0));
@@ -87,7 +97,9 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
     for (const auto& [grad, input] : {std::pair{grad_hidden, hidden}, std::pair{grad_weight, weight}, std::pair{grad_bias, bias}})
       saved.push_back(grad.defined() ? grad.to(input.scalar_type()) : Tensor());
     context->save_for_backward(std::move(saved));
-    return total.div_(call->divisor).to(sums);
+    values.div_(call->divisor);
+    context->mark_non_differentiable({values});
+    return {weighted_total(call->terms, values).to(sums), values};
   }
   static variable_list backward(torch::autograd::AutogradContext* context, variable_list gradients) {
     variable_list out;
@@ -104,19 +116,27 @@ std::int64_t fused_chunk(std::int64_t vocabulary) {
   return std::clamp<std::int64_t>(bytes / (4 * std::max<std::int64_t>(1, vocabulary)), 32, 1024);
 }
 
-Tensor fused_linear_loss(const LogitLoss& loss, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher, const LogitLossOptions& options, std::int64_t chunk) {
+LogitMeans fused_linear_terms(std::span<const LogitTerm> terms, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher, const LogitLossOptions& frame, std::int64_t chunk) {
   if (hidden.dim() != 2 || weight.dim() != 2 || hidden.size(1) != weight.size(1)) throw std::logic_error("fused loss: hidden [n, d] and weight [V, d] are needed");
-  const Tensor& other = teacher.logits.defined() ? teacher.logits : teacher.hidden;
+  const Tensor& other = teacher.logits.defined() ? teacher.logits : teacher.sparse ? teacher.sparse->ids : teacher.hidden;
   if (other.dim() != 2 || other.size(0) != hidden.size(0)) throw std::logic_error("fused loss: student and teacher hold different positions");
-  FusedCall call{loss, teacher, options, {}, bias.defined(), chunk > 0 ? chunk : fused_chunk(weight.size(0)), options.count};
+  FusedCall call{terms, teacher, frame.vocabulary, {}, bias.defined(), chunk > 0 ? chunk : fused_chunk(weight.size(0)), frame.count};
   std::int64_t rows = hidden.size(0);
-  if (options.mask.defined()) {
-    const Tensor valid = options.mask.reshape({-1}).nonzero().squeeze(-1);
-    if (options.mask.numel() != rows) throw std::logic_error("fused loss: the mask does not fit the positions");
+  if (frame.mask.defined()) {
+    const Tensor valid = frame.mask.reshape({-1}).nonzero().squeeze(-1);
+    if (frame.mask.numel() != rows) throw std::logic_error("fused loss: the mask does not fit the positions");
     if (valid.numel() < rows) call.valid = valid, rows = valid.numel();
   }
   if (!(call.divisor > 0)) call.divisor = static_cast<double>(std::max<std::int64_t>(1, rows));
-  return FusedFunction::apply(hidden, weight, bias.defined() ? bias : at::empty({0}, weight.options()), &call);
+  // Inside of forward() nobody can tell whether gradients are wanted: there they are always off.
+  const auto input = [on = at::GradMode::is_enabled()](const Tensor& x) { return on ? x : x.detach(); };
+  const variable_list out = FusedFunction::apply(input(hidden), input(weight), bias.defined() ? input(bias) : at::empty({0}, weight.options()), &call);
+  return {out[0], out[1]};
+}
+
+Tensor fused_linear_loss(const LogitLoss& loss, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher, const LogitLossOptions& options, std::int64_t chunk) {
+  const LogitTerm term{&loss, options, 1};
+  return fused_linear_terms({&term, 1}, hidden, weight, bias, teacher, options, chunk).total;
 }
 
 }  // namespace kompakt

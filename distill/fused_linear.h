@@ -1,25 +1,31 @@
-// Output projection and logit loss in one: hidden states x head weight -> loss, in chunks of tokens, so that the logits of
-// all tokens never exist at once and no tensor of tokens x vocabulary outlives its chunk.
+// Output projection and logit losses in one: hidden states x head weight -> loss, in chunks of tokens, so that the logits of
+// all tokens never exist at once, on neither side, and no tensor of tokens x vocabulary outlives its chunk.
 //
 // Gradients are computed in the forward pass (the loss is a scalar: backward only multiplies), as Liger's fused losses do.
-// Works with every row of logit_losses(). Extra memory: about 5 chunk x V floats plus one gradient of the head weight.
+// Works with every row of logit_losses(); a sum of several shares the products and the log-probabilities. Extra memory: about
+// 6 chunk x V floats plus one gradient of the head weight.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include "distill/losses.h"
+#include "distill/sparse_losses.h"
 
 namespace kompakt {
 
-// Where the teacher's logits come from: given [n, V], or hidden states and head like the student's.
+// Where the teacher's distribution comes from: logits that are there already, hidden states and head like the student's, or the
+// likeliest tokens of a cache.
 struct FusedTeacher {
   at::Tensor logits;                // [n, V]; when defined the rest is ignored
   at::Tensor hidden, weight, bias;  // [n, d_t], [V, d_t], [V] or undefined
+  const SparseTargets* sparse = nullptr;  // [n, ..]; used when the others are undefined
 };
 
-// hidden [n, d], weight [V, d], bias [V] or undefined; options.mask [n]. Equal to logit_loss(linear(hidden, weight, bias), ...).
+// hidden [n, d], weight [V, d], bias [V] or undefined; frame.mask [n]. Equal to logit_terms(terms, linear(hidden, weight, bias), ...).
 // Differentiable (first order) in hidden, weight and bias. Under autocast the products run in the autocast type, the loss and
 // the accumulated weight gradient in float32. chunk = 0: chosen so that chunk x V x 4 bytes stay near 32 MiB.
+LogitMeans fused_linear_terms(std::span<const LogitTerm> terms, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const FusedTeacher& teacher,
+                              const LogitLossOptions& frame = {}, std::int64_t chunk = 0);
 at::Tensor fused_linear_loss(const LogitLoss& loss, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const FusedTeacher& teacher,
                              const LogitLossOptions& options = {}, std::int64_t chunk = 0);
 std::int64_t fused_chunk(std::int64_t vocabulary);  // the automatic choice

@@ -21,9 +21,31 @@ struct LogitLossOptions {
   bool scale_gradient = true;   // times T^2, so that the gradient does not shrink when mixed with hard labels
   double beta = 0.5;            // generalized JSD: 0 = forward KL, 1 = reverse KL (the convention of GKD, not a limit of the formula)
   double lambda = 0.1;          // skewed losses: share of the other distribution in the mixture, [0, 1)
+  std::int64_t top = 8;         // ranking: the teacher's likeliest tokens, whose order the student must keep
+  double margin = 1;            // ranking: no larger gap of scaled logits is asked for than this
   std::int64_t vocabulary = 0;  // only the first so many columns are real (padded vocabularies); 0 = all columns
   double count = 0;             // divisor of the sum over positions; 0 = number of valid positions
   at::Tensor mask;              // bool, shape of the logits without the last dimension: valid positions; undefined = all
+};
+
+// Scaled logits u of both sides, [n, V] without autograd. Log-probabilities and probabilities are computed when first asked for
+// and then shared by all losses of the same temperature; nobody writes into them.
+class LogitPair {
+ public:
+  LogitPair(at::Tensor student, at::Tensor teacher) : student_(std::move(student)), teacher_(std::move(teacher)) {}
+  const at::Tensor& student() const { return student_; }
+  const at::Tensor& teacher() const { return teacher_; }
+  const at::Tensor& log_q() const;  // of the student
+  const at::Tensor& log_p() const;  // of the teacher
+  const at::Tensor& q() const;
+  const at::Tensor& p() const;
+  const at::Tensor& forward_kl() const;  // [n] KL(p || q)
+  const at::Tensor& reverse_kl() const;  // [n] KL(q || p)
+
+ private:
+  void compare() const;
+  at::Tensor student_, teacher_;
+  mutable at::Tensor log_q_, log_p_, q_, p_, forward_, reverse_;
 };
 
 // What a divergence gives for n positions: u = logits / T.
@@ -36,10 +58,14 @@ struct Divergence {
 struct LogitLoss {
   std::string_view name;
   std::string_view summary;
-  bool uses_beta, uses_lambda;  // which options it reads
-  bool shift_invariant;         // adding a constant to all logits of a position changes nothing
-  // u_student, u_teacher [n, V] float32 or float64, no autograd. Masked columns hold a large negative finite number in both.
-  Divergence (*evaluate)(const at::Tensor& u_student, const at::Tensor& u_teacher, const LogitLossOptions& options, bool gradient);
+  // Which options it reads.
+  bool uses_beta = false, uses_lambda = false, uses_top = false;
+  bool shift_invariant = false;  // adding a constant to all logits of a position changes nothing
+  // Defined on probabilities alone, so that it also compares the likeliest tokens and the rest as one: what a teacher cache holds.
+  bool partition = false;
+  bool linear_in_teacher = false;  // its gradient is linear in the teacher's probabilities: an unbiased sample of those suffices
+  // Masked columns hold a large negative finite number in both sides.
+  Divergence (*evaluate)(const LogitPair& pair, const LogitLossOptions& options, bool gradient) = nullptr;
 };
 std::span<const LogitLoss> logit_losses();
 const LogitLoss* find_logit_loss(std::string_view name);
@@ -58,10 +84,32 @@ at::Tensor skew_reverse_kl(const at::Tensor& student, const at::Tensor& teacher,
 at::Tensor adaptive_kl(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
 at::Tensor total_variation(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
 at::Tensor logits_mse(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
+at::Tensor ranking_hinge(const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options = {});
 
-// Used by the plain and the fused path: value and gradient of scaled logits with masked columns made harmless.
-// student, teacher [n, V] of any float type -> per-position values (T^2 included) and dL/dlogits (T included).
-Divergence evaluate_logits(const LogitLoss& loss, const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& options, bool gradient);
+// A weighted loss of a sum. The options' vocabulary, count and mask are those of the whole sum and stand elsewhere.
+struct LogitTerm {
+  const LogitLoss* loss = nullptr;
+  LogitLossOptions options;
+  double weight = 1;
+};
+// Sums over n positions. `values` [terms + 2] float64: every term (T^2 included, unweighted), then forward and reverse KL at
+// temperature 1, which are logged whatever is minimised. `gradient` [n, V]: dL/dlogits of the weighted sum (T included).
+struct LogitSums {
+  at::Tensor values, gradient;
+};
+// Used by the plain and the fused path. student, teacher [n, V] of any float type; vocabulary as in LogitLossOptions.
+// The log-probabilities of a temperature are computed once for all terms.
+LogitSums evaluate_terms(std::span<const LogitTerm> terms, const at::Tensor& student, const at::Tensor& teacher, std::int64_t vocabulary, bool gradient);
+
+at::Tensor weighted_total(std::span<const LogitTerm> terms, const at::Tensor& values);
+double gradient_factor(const LogitLossOptions& options);  // T^2, or 1
+
+// `total`: weighted sum of means over valid positions, differentiable in the student; `values`: the means, as in LogitSums.
+struct LogitMeans {
+  at::Tensor total, values;
+};
+// As logit_loss, for several losses at once. Of `frame` only vocabulary, count and mask are read.
+LogitMeans logit_terms(std::span<const LogitTerm> terms, const at::Tensor& student, const at::Tensor& teacher, const LogitLossOptions& frame = {});
 
 // Hidden states [.., d] over the positions where `mask` (shape without d; undefined = all) is true; a projection [d_s, d_t]
 // maps the student's width to the teacher's (undefined: equal widths).
@@ -75,6 +123,14 @@ at::Tensor hidden_cosine(const at::Tensor& student, const at::Tensor& teacher, c
 at::Tensor least_squares_projection(const at::Tensor& student, const at::Tensor& teacher, double ridge = 1e-4);
 // Semi-orthogonal [rows, columns] from CounterRandom(seed, stream): deterministic start of a learned projection.
 at::Tensor orthogonal_projection(std::int64_t rows, std::int64_t columns, std::uint64_t seed, std::string_view stream);
+
+// Losses between the pooled vectors of the texts of a batch, [B, d] each (encoders).
+// contrastive: KL between softmax_j(cos(t_i, t_j) / T) and softmax_j(cos(s_i, t_j) / T): the student's vector must be as near to the
+// teacher's vectors of all texts of the batch as the teacher's own is (SEED, Fang et al. 2021, without its queue). Same widths,
+// or a projection [d_s, d_t].
+at::Tensor embedding_contrastive(const at::Tensor& student, const at::Tensor& teacher, double temperature, const at::Tensor& projection = {});
+// similarity: the same among the student's own vectors, a text not compared with itself: any two widths. 0 for a single text.
+at::Tensor embedding_similarity(const at::Tensor& student, const at::Tensor& teacher, double temperature);
 
 struct RelationOptions {
   std::int64_t relation_heads = 0;  // the concatenated heads are split again into so many; 0 = greatest common divisor of both head counts

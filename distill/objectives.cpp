@@ -11,88 +11,18 @@
 
 #include "core/error.h"
 #include "core/text.h"
-#include "distill/fused_linear.h"
 #include "distill/losses.h"
+#include "distill/objective_item.h"
 #include "distill/stage.h"
-#include "train/chunked_loss.h"
 #include "train/targets.h"
 
 namespace kompakt {
+
 namespace {
 
 using at::Tensor;
 
-// Everything that an item of the list can say; a kind visits the part that it reads, so that other keys are mistakes.
-struct ObjectiveItem {
-  std::string name;
-  double weight = 1;
-  LogitLossOptions logits;
-  std::vector<std::int64_t> layers;
-  std::int64_t layer = -1;  // -1 = the last
-  bool normalize = false;
-  RelationOptions relation;
-  double label_smoothing = 0;
-  Place place;
-  ObjectiveShapes shapes;
-  std::vector<std::int64_t> layer_map;
-};
-
-// Positions that count, [B,T]: of text those that have a next token, as for the labels; else all that are not padding.
-Tensor objective_token_mask(const ObjectiveInput& input) {
-  const std::int64_t rows = input.batch.rows, columns = input.batch.columns;
-  if (!input.batch.labels.empty()) {
-    if (!input.input.lengths.defined()) return {};
-    return at::arange(columns, input.input.lengths.options()).unsqueeze(0) < input.input.lengths.unsqueeze(1);
-  }
-  const std::vector<std::int64_t> targets = next_tokens(input.batch);
-  return at::tensor(at::ArrayRef<std::int64_t>(targets), at::kLong).ne(no_target).reshape({rows, columns}).to(input.input.ids.device());
-}
-
-const TeacherTargets& objective_teacher(const ObjectiveInput& input) {
-  if (!input.teacher) throw std::logic_error("an objective needs the teacher and got none");
-  return *input.teacher;
-}
-
 std::string objective_tap(std::int64_t layer, const char* what) { return str("layer.", layer, ".", what); }
-
-class LogitObjective final : public Objective {
- public:
-  explicit LogitObjective(const ObjectiveItem& item) : row_(*find_logit_loss(item.name)), options_(item.logits), weight_(item.weight), decoder_(item.shapes.decoder) {}
-  bool needs_teacher() const override { return true; }
-  bool needs_logits() const override { return !decoder_; }
-
-  Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) override {
-    const Tensor& teacher = objective_teacher(input).logits;
-    LogitLossOptions options = options_;
-    Tensor value;
-    if (input.batch.labels.empty()) options.mask = objective_token_mask(input);
-    if (input.logits.defined()) {
-      // A padded vocabulary on one side only: what both have are the real columns.
-      if (input.logits.size(-1) != teacher.size(-1)) options.vocabulary = shared_vocabulary(input.logits.size(-1), teacher.size(-1));
-      value = logit_loss(row_, input.logits, teacher, options);
-    } else {
-      const InputTransform& transform = input.student.lm_head.input_transform;
-      const HeadWeights head = head_weights(input.student);
-      const Tensor hidden = transform ? transform(input.hidden) : input.hidden;
-      if (head.weight.size(0) != teacher.size(-1)) options.vocabulary = shared_vocabulary(head.weight.size(0), teacher.size(-1));
-      options.mask = options.mask.reshape({-1});
-      value = fused_linear_loss(row_, hidden.flatten(0, 1), head.weight, head.bias, {teacher.flatten(0, 1), {}, {}, {}}, options);
-    }
-    parts.push_back({std::string(row_.name), value});
-    return value * weight_;
-  }
-
- private:
-  // Padding rows are at most a rounding to a multiple of 512; anything else is another vocabulary.
-  static std::int64_t shared_vocabulary(std::int64_t student, std::int64_t teacher) {
-    if (std::abs(student - teacher) < 512 && std::min(student, teacher) > 1024) return std::min(student, teacher);
-    throw Error(str("student and teacher do not share a vocabulary or label set: ", student, " and ", teacher, " logits")).hint("use hidden or relation losses and labels, or a teacher with the same tokenizer and labels");
-  }
-  const LogitLoss& row_;
-  LogitLossOptions options_;
-  double weight_;
-  bool decoder_;
-};
 
 class HiddenObjective final : public Objective {
  public:
@@ -183,8 +113,18 @@ class LabelObjective final : public Objective {
   double weight_;
 };
 
+using ObjectiveList = std::vector<std::shared_ptr<Objective>>;
+
 template <class T>
-std::shared_ptr<Objective> objective_make(const ObjectiveItem& item) { return std::make_shared<T>(item); }
+void objective_add(const ObjectiveItem& item, ObjectiveList& list) { list.push_back(std::make_shared<T>(item)); }
+
+// Logit losses share one pass over the vocabulary.
+void objective_add_logits(const ObjectiveItem& item, ObjectiveList& list) {
+  const auto found = std::find_if(list.begin(), list.end(), [](const auto& objective) { return dynamic_cast<LogitObjective*>(objective.get()) != nullptr; });
+  const std::shared_ptr<LogitObjective> sum = found == list.end() ? std::make_shared<LogitObjective>(item.shapes.decoder) : std::static_pointer_cast<LogitObjective>(*found);
+  if (found == list.end()) list.push_back(sum);
+  sum->add(item);
+}
 
 const Range objective_positive{.min = 0.0, .open_min = true};
 
@@ -194,6 +134,13 @@ void objective_logit_fields(FieldVisitor& visitor, ObjectiveItem& item) {
   const LogitLoss* row = find_logit_loss(item.name);
   if (!row || row->uses_beta) visitor.number("beta", item.logits.beta, "generalized JSD: 0 = forward KL, 1 = reverse KL", {.min = 0.0, .max = 1.0});
   if (!row || row->uses_lambda) visitor.number("lambda", item.logits.lambda, "skewed losses: share of the other distribution in the mixture", {.min = 0.0, .max = 0.99});
+  if (row && !row->uses_top) return;
+  visitor.integer("top", item.logits.top, "ranking: the teacher's likeliest tokens, whose order counts", {.min = 2.0, .max = 256.0});
+  visitor.number("margin", item.logits.margin, "ranking: largest gap of logits that is asked for", objective_positive);
+}
+void objective_embedding_fields(FieldVisitor& visitor, ObjectiveItem& item) {
+  const EmbeddingLoss* row = find_embedding_loss(item.name);
+  if (!row || row->temperature) visitor.number("temperature", item.temperature, "of the softmax over the cosines to the texts of the batch", objective_positive);
 }
 void objective_hidden_fields(FieldVisitor& visitor, ObjectiveItem& item) {
   visitor.integers("layers", item.layers, "student layers that take part, from 0; empty = all", {.min = 0.0});
@@ -211,6 +158,11 @@ void objective_label_fields(FieldVisitor& visitor, ObjectiveItem& item) {
 
 std::vector<std::string> objective_hidden_names() { return {"mse", "cosine"}; }
 std::vector<std::string> objective_relation_names() { return {"minilm"}; }
+std::vector<std::string> objective_embedding_names() {
+  std::vector<std::string> names;
+  for (const EmbeddingLoss& row : embedding_losses()) names.emplace_back(row.name);
+  return names;
+}
 std::vector<std::string> objective_label_names() { return {"cross_entropy"}; }
 
 struct ObjectiveKind {
@@ -218,14 +170,17 @@ struct ObjectiveKind {
   const char* summary;
   std::vector<std::string> (*names)();
   void (*fields)(FieldVisitor&, ObjectiveItem&);
-  std::shared_ptr<Objective> (*make)(const ObjectiveItem&);
+  void (*add)(const ObjectiveItem&, ObjectiveList&);  // to the list, or to what stands there
+  bool needs_model;   // intermediate values of a teacher that runs: a cache of its outputs is not enough
+  bool encoder_only;  // works on the pooled vector of a text
 };
 
-constexpr std::array<ObjectiveKind, 4> objective_table{{
-    {"logits", "the student's output distribution against the teacher's", logit_loss_names, objective_logit_fields, objective_make<LogitObjective>},
-    {"hidden", "outputs of student layers against outputs of the teacher layers that they stand for", objective_hidden_names, objective_hidden_fields, objective_make<HiddenObjective>},
-    {"relation", "self-similarity of queries, keys and values of one layer (any two widths and head counts)", objective_relation_names, objective_relation_fields, objective_make<RelationObjective>},
-    {"labels", "the data's own labels: class or next token", objective_label_names, objective_label_fields, objective_make<LabelObjective>},
+constexpr std::array<ObjectiveKind, 5> objective_table{{
+    {"logits", "the student's output distribution against the teacher's", logit_loss_names, objective_logit_fields, objective_add_logits, false, false},
+    {"hidden", "outputs of student layers against outputs of the teacher layers that they stand for", objective_hidden_names, objective_hidden_fields, objective_add<HiddenObjective>, true, false},
+    {"relation", "self-similarity of queries, keys and values of one layer (any two widths and head counts)", objective_relation_names, objective_relation_fields, objective_add<RelationObjective>, true, false},
+    {"embedding", "pooled vectors of the texts of a batch: themselves, or their similarities to each other", objective_embedding_names, objective_embedding_fields, objective_add<EmbeddingObjective>, true, true},
+    {"labels", "the data's own labels: class or next token", objective_label_names, objective_label_fields, objective_add<LabelObjective>, false, false},
 }};
 
 void objective_fields(FieldVisitor& visitor, const ObjectiveKind& kind, ObjectiveItem& item) {
@@ -265,6 +220,13 @@ const ObjectiveKind* objective_kind_of(const Node& node, Problems& problems) {
   return found;
 }
 
+std::vector<std::string> objective_cached_losses() {
+  std::vector<std::string> names;
+  for (const LogitLoss& row : logit_losses())
+    if (row.partition) names.emplace_back(row.name);
+  return names;
+}
+
 void objective_check_layers(const ObjectiveItem& item, Problems& problems) {
   if (item.layer_map.empty()) return;
   const auto count = static_cast<std::int64_t>(item.layer_map.size());
@@ -274,7 +236,31 @@ void objective_check_layers(const ObjectiveItem& item, Problems& problems) {
     if (layer >= count) problems.add(Error(str("the student has no layer ", layer)).at(item.place.text()).given(str(layer)).allowed(str("0 to ", count - 1)));
 }
 
+// What a cache of the teacher's likeliest tokens cannot serve.
+void objective_check_cache(const ObjectiveKind& kind, const ObjectiveItem& item, Problems& problems) {
+  const auto refuse = [&](const std::string& what, const std::string& hint) { problems.add(Error(what).at(item.place.text()).given(str(kind.key, ": ", item.name)).hint(hint)); };
+  const LogitLoss* row = kind.names == logit_loss_names ? find_logit_loss(item.name) : nullptr;
+  if (kind.needs_model) refuse("the teacher's cache holds probabilities of tokens, not values of its layers", "remove this objective or the cache");
+  if (row && !row->partition) refuse("this loss needs all logits of the teacher, and the cache holds the likeliest tokens", "remove the cache, or use one of: " + join(objective_cached_losses(), ", "));
+  if (row && item.logits.temperature != 1) refuse(str("the teacher's cache holds probabilities at temperature 1, not at ", shortest(item.logits.temperature)), "set temperature: 1, or remove the cache");
+}
+
 }  // namespace
+
+Tensor objective_token_mask(const ObjectiveInput& input) {
+  const std::int64_t rows = input.batch.rows, columns = input.batch.columns;
+  if (!input.batch.labels.empty()) {
+    if (!input.input.lengths.defined()) return {};
+    return at::arange(columns, input.input.lengths.options()).unsqueeze(0) < input.input.lengths.unsqueeze(1);
+  }
+  const std::vector<std::int64_t> targets = next_tokens(input.batch);
+  return at::tensor(at::ArrayRef<std::int64_t>(targets), at::kLong).ne(no_target).reshape({rows, columns}).to(input.input.ids.device());
+}
+
+const TeacherTargets& objective_teacher(const ObjectiveInput& input) {
+  if (!input.teacher) throw std::logic_error("an objective needs the teacher and got none");
+  return *input.teacher;
+}
 
 std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const std::vector<std::int64_t>& layer_map, Problems& problems, const ObjectiveShapes& shapes) {
   std::vector<std::shared_ptr<Objective>> objectives;
@@ -294,15 +280,17 @@ std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const
     read_fields(node, str("objective \"", kind->key, "\""), problems, [&](FieldVisitor& visitor) { objective_fields(visitor, *kind, item); });
     if (item.name.empty() && problems.size() == before) problems.add(Error(str("\"", kind->key, "\" has no value")).at(node.place.text()).allowed(join(kind->names(), ", ")));
     objective_check_layers(item, problems);
+    if (shapes.decoder && kind->encoder_only) problems.add(Error(str("\"", kind->key, "\" compares one vector a text, and a decoder has none")).at(node.place.text()).given(item.name).hint("use hidden, relation or logits"));
+    if (shapes.cached && problems.size() == before) objective_check_cache(*kind, item, problems);
     sum += item.weight;
-    if (problems.size() == before) objectives.push_back(kind->make(item));
+    if (problems.size() == before) kind->add(item, objectives);
   }
   if (sum == 0 && problems.empty()) problems.add(Error("all objectives have weight 0: nothing would be learned").at(list.place.text()).hint("give at least one a positive weight"));
   return objectives;
 }
 
 ObjectiveShapes objective_shapes(const Transformer& student, const ModelConfig& teacher, std::uint64_t seed) {
-  return {student.config().hidden, teacher.hidden, !student.config().is_classifier(), seed};
+  return {student.config().hidden, teacher.hidden, !student.config().is_classifier(), false, seed};
 }
 
 Node default_objective(bool classifier) {

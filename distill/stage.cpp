@@ -15,8 +15,21 @@ void fields(FieldVisitor& visitor, DistillOptions& options) {
     inner.integers("keep_layers", options.student.keep_layers, "teacher layers that the student copies, from 0; empty = all", {.min = 0.0});
     inner.integers("layer_map", options.student.layer_map, "teacher layer whose output each student layer must match; empty = the last dropped layer behind each copied one", {.min = 0.0});
   });
-  visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, labels");
+  visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, embedding, labels");
+  visitor.section("cache", options.has_cache, "text: keep the teacher's likeliest tokens on disk instead of running it at every step", [&](FieldVisitor& inner) {
+    inner.integer("top", options.cache.top, "likeliest tokens kept of every position", {.min = 1.0, .max = 4096.0});
+    inner.integer("tail", options.cache.tail, "draws from all other tokens, an even number; they make forward KL unbiased; 0 = none", {.min = 0.0, .max = 4096.0});
+  });
   fields(visitor, options.train);
+}
+
+void check_distill(const DistillOptions& options, bool classification, const Place& place, Problems& problems) {
+  if (!options.has_cache) return;
+  if (options.cache.tail % 2 != 0) problems.add(Error("cache.tail must be even: each half of the draws is independent of the other").at(place.text()).given(str(options.cache.tail)).allowed(str(options.cache.tail + 1)));
+  if (classification) problems.add(Error("\"cache\" is for text: of classes the teacher's outputs are always kept").at(place.text()).hint("remove the key"));
+  ObjectiveShapes shapes;
+  shapes.cached = true;
+  if (!options.objective.is_null()) build_objectives(options.objective, {}, problems, shapes);
 }
 
 TrainResult distill(Transformer& student, const DistillOptions& options, StageContext& context) {
@@ -34,7 +47,9 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
   const bool classifier = context.data->kind == TaskData::Kind::classification;
   const Node list = options.objective.is_null() ? default_objective(classifier) : options.objective;
   Problems problems;
-  const auto objectives = build_objectives(list, map, problems, objective_shapes(student, teacher, context.seed));
+  ObjectiveShapes shapes = objective_shapes(student, teacher, context.seed);
+  shapes.cached = options.has_cache;
+  const auto objectives = build_objectives(list, map, problems, shapes);
   problems.throw_if_any("the objectives of the stage distill have mistakes");
 
   if (context.details) {

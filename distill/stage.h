@@ -8,6 +8,7 @@
 #include "train/context.h"
 #include "train/loop.h"
 #include "train/options.h"
+#include "train/teacher.h"
 
 namespace kompakt {
 
@@ -19,9 +20,13 @@ struct StudentOptions {
 struct DistillOptions {
   StudentOptions student;
   Node objective;  // list of maps: {logits: forward_kl, temperature: 2, weight: 1}, {relation: minilm, weight: 0.5}, {hidden: mse, weight: 10}, {labels: cross_entropy, weight: 0.5}
+  bool has_cache = false;     // text: the teacher's outputs come from a cache of likeliest tokens and draws
+  SparseCacheOptions cache;
   TrainOptions train;
 };
 void fields(FieldVisitor& visitor, DistillOptions& options);
+// What the fields alone cannot say: a cache with an odd number of draws, of class labels, or with losses that need more than it holds.
+void check_distill(const DistillOptions& options, bool classification, const Place& place, Problems& problems);
 
 // A copy of the chosen layers of `teacher` with its embedding, norms and head.
 std::unique_ptr<Transformer> make_student(const Transformer& teacher, const StudentOptions& options);
@@ -30,6 +35,7 @@ std::unique_ptr<Transformer> make_student(const Transformer& teacher, const Stud
 struct ObjectiveShapes {
   std::int64_t student_hidden = 0, teacher_hidden = 0;  // widths that differ get a learned projection, started orthogonal
   bool decoder = false;                                 // logit losses then work from hidden states, in chunks of tokens
+  bool cached = false;                                  // the teacher is a cache of likeliest tokens: losses that need more are mistakes
   std::uint64_t seed = 0;                               // of the projections
 };
 // Objectives from a recipe's list. `layer_map[i]` = teacher layer (from 0) whose output student layer i must match.

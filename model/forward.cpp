@@ -4,10 +4,12 @@
 #include <ATen/core/grad_mode.h>
 
 #include <cmath>
+#include <memory>
 #include <stdexcept>
 
 #include "core/text.h"
 #include "model/families.h"
+#include "model/recompute.h"
 #include "model/rope.h"
 #include "model/short_attention.h"
 #include "model/transformer.h"
@@ -63,6 +65,17 @@ at::Tensor forward_attention(const at::Tensor& q, const at::Tensor& k, const at:
   const at::Tensor mixed = q.is_meta() ? at::matmul(at::softmax(at::matmul(q, k.transpose(-1, -2)), -1), v)  // shapes alone: the fused kernel has none
                                        : at::scaled_dot_product_attention(q, k, v, mask.defined() ? std::optional<at::Tensor>(mask) : std::nullopt, 0.0, causal, scale);
   return mixed.transpose(1, 2).flatten(2);
+}
+
+// True when a sink asks for a value between the input and the output of a block: such a block cannot be thrown away.
+bool forward_taps_inside(const Block& block, std::int64_t layer, const TapSink* taps) {
+  if (!taps) return false;
+  for (const char* what : {"query", "key", "value", "context", "ffn"})
+    if (taps->wants(str("layer.", layer, ".", what))) return true;
+  const Attention& a = block.attention;
+  for (const Linear* linear : {&a.query, &a.key, &a.value, &a.output, &block.mlp.gate, &block.mlp.up, &block.mlp.down})
+    if (linear->weight.defined() && (taps->wants("input:" + linear->name) || taps->wants("output:" + linear->name))) return true;
+  return false;
 }
 
 // Grouped queries: every key/value head serves heads/kv_heads query heads. [B,Hkv,S,hd] -> [B,H,S,hd].
@@ -244,8 +257,17 @@ at::Tensor Transformer::block_forward(std::int64_t layer, const at::Tensor& x, c
 
 at::Tensor Transformer::hidden(const ModelInput& input, TapSink* taps, KvCache* cache) const {
   at::Tensor x = embed(input, taps);
-  const Context context = make_context(input, x, cache ? cache->length : 0);
-  for (std::int64_t i = 0; i < static_cast<std::int64_t>(blocks.size()); ++i) x = run_block(i, x, context, taps, cache);
+  const auto context = std::make_shared<const Context>(make_context(input, x, cache ? cache->length : 0));
+  const bool again = recompute_blocks && at::GradMode::is_enabled() && !cache;
+  for (std::int64_t i = 0; i < static_cast<std::int64_t>(blocks.size()); ++i) {
+    if (!again || forward_taps_inside(blocks[static_cast<std::size_t>(i)], i, taps)) {
+      x = run_block(i, x, *context, taps, cache);
+      continue;
+    }
+    forward_offer(taps, i, "input", x);
+    x = recompute([this, i, context](const at::Tensor& in) { return run_block(i, in, *context, nullptr, nullptr); }, x);
+    forward_offer(taps, i, "output", x);
+  }
   if (cache) cache->length += input.ids.size(1);
   if (final_norm.weight.defined()) x = final_norm.forward(x);
   forward_offer(taps, "final", x);

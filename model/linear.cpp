@@ -16,6 +16,7 @@ at::Tensor Linear::forward(const at::Tensor& x, TapSink* taps) const {
     if (taps->wants(tap)) taps->put(tap, x);
   }
   at::Tensor y = at::linear(input_transform ? input_transform(x) : x, effective_weight(), bias);
+  if (side) y = y + side(x);
   if (taps) {
     const std::string tap = "output:" + name;
     if (taps->wants(tap)) taps->put(tap, y);

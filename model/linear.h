@@ -20,6 +20,7 @@ struct Linear {
   at::Tensor bias;    // [out] or undefined
   WeightTransform transform;       // empty = identity
   InputTransform input_transform;  // empty = identity (activation quantization)
+  InputTransform side;             // [.., in] -> [.., out], added to the output (low-rank adapters); empty = nothing
 
   std::int64_t in_features() const { return weight.size(1); }
   std::int64_t out_features() const { return weight.size(0); }

@@ -110,6 +110,7 @@ class Transformer {
   Norm final_norm;            // decoders
   Linear lm_head;             // weight undefined when tied or encoder
   Linear pooler, classifier;  // weight undefined when absent
+  bool recompute_blocks = false;  // with gradients on, hidden() keeps only the input of each block and runs it again in the backward pass
   double dropout = 0;         // on the pooled vector, training only (torch's generator, seeded per step by the loop)
 
  private:

@@ -84,6 +84,8 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
   }
   input.train_examples = static_cast<std::int64_t>(texts.size());
   input.tokens_per_example = texts.empty() ? 0 : static_cast<double>(tokens) / static_cast<double>(texts.size());
+  input.calibration_windows = static_cast<std::int64_t>(tokenized->task.calibration.size());
+  input.calibration_length = tokenized->task.calibration.empty() ? 0 : static_cast<std::int64_t>(tokenized->task.calibration.front().size());
   input.touched_vocabulary = static_cast<std::int64_t>(touched.size());
   input.evaluation_examples = static_cast<std::int64_t>(tokenized->test.ids.size());
   input.gigaflops = measure_gigaflops();

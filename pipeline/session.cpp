@@ -16,16 +16,24 @@
 #include "pipeline/device.h"
 #include "pipeline/version.h"
 #include "quantize/stage.h"
+#include "train/mask.h"
 #include "train/teacher.h"
 
 namespace kompakt {
 namespace fs = std::filesystem;
 namespace {
 
+// Of the resolved recipe without the folder of the store: where stages are kept says nothing about what they make.
+std::string recipe_hash(const Recipe& recipe) {
+  Node resolved = recipe.resolved;
+  if (const Node* store = resolved.find("store"); store && !store->scalar.empty()) resolved.set("store", Node::text("", true));
+  return sha256(dump_yaml(resolved));
+}
+
 std::string session_teacher_hash(const fs::path& path) {
   if (fs::is_regular_file(path)) return sha256_file(path);
   Sha256 all;
-  for (const char* name : {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt", "vocab.json"})
+  for (const char* name : {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt", "vocab.json", "masks.h5"})
     if (fs::exists(path / name)) all.update(name).update(sha256_file(path / name));
   std::vector<fs::path> weights;
   for (const auto& entry : fs::directory_iterator(path))
@@ -71,7 +79,7 @@ RunSession::RunSession(const Recipe& recipe, const RunOptions& options)
   }
   position_ = {hash, teacher, "teacher", {}};
   teacher_position_ = position_;
-  manifest_ = Json{{"name", recipe.name}, {"kompakt_version", kompakt_version}, {"seed", recipe.seed}, {"recipe_sha256", sha256(dump_yaml(recipe.resolved))},
+  manifest_ = Json{{"name", recipe.name}, {"kompakt_version", kompakt_version}, {"seed", recipe.seed}, {"recipe_sha256", recipe_hash(recipe)},
                    {"environment", environment()}, {"data", nullptr}, {"teacher_source", {{"path", recipe.teacher.path}, {"sha256", hash}}}, {"teacher", nullptr},
                    {"stages", Json::array()}, {"artifact", nullptr}};
 }
@@ -97,6 +105,7 @@ void RunSession::load_current(const fs::path& paging) {
   const bool is_start = position_.title == "teacher";
   current_.tokenizer = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : position_.folder);
   check_tokenizer_fits(*current_.tokenizer, current_.model->config(), position_.folder.string());
+  current_.masks = load_masks(position_.folder);
   current_.quantized.clear();
   if (has_quantized(position_.folder)) {
     const QuantizedModel quantized = load_quantized(position_.folder);
@@ -162,19 +171,23 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
     context.device = device_;
     context.details = &details;
     context.layer_map = position_.layer_map;
+    context.masks = current_.masks;
     const std::shared_ptr<const Tokenizer> tokenizer = current_.tokenizer;
     context.data = &data_for(tokenizer, current_.model->config()).task;
     const bool reset = reset_peak_memory();
     const auto start = std::chrono::steady_clock::now();
     const double cpu_start = cpu_seconds();
     const bool uses_teacher = data_.kind == TaskData::Kind::classification ? stage.row->name != "finetune" && !is_export : stage.row->needs_teacher || stage.row->name == "quantize" || stage.row->name == "prune";
-    if (uses_teacher && !by_blocks && recipe_.find_data("train")) context.teacher = teacher_source();
+    const bool tunes_text = stage.row->name == "quantize" && data_.kind == TaskData::Kind::text;
+    if (uses_teacher && !by_blocks && (recipe_.find_data("train") || tunes_text)) context.teacher = teacher_source();
     entry = store_.add(key, [&](const fs::path& folder) {
       StageRun run{recipe_, current_, teacher_, context, folder};
       stage.row->run(stage.options, run);
       if (!is_export) {
         save_model(*current_.model, folder);
         current_.tokenizer->save(folder);
+        save_masks(context.masks, folder);
+        current_.masks = context.masks;
         if (!current_.quantized.empty()) {
           QuantizedModel quantized;
           for (const auto& [name, tensor] : current_.quantized) quantized.plan.tensors[name] = tensor.spec, quantized.tensors[name] = tensor.values;

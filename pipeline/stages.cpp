@@ -14,10 +14,15 @@
 #include "pipeline/budget_target.h"
 #include "pipeline/recipe.h"
 #include "pipeline/stage_options.h"
+#include "pipeline/store.h"
 #include "prune/stage.h"
 #include "quantize/budget.h"
+#include "quantize/kl_tune.h"
 #include "quantize/methods.h"
 #include "quantize/stage.h"
+#include "train/mask.h"
+#include "train/sparse_codec.h"
+#include "train/teacher.h"
 
 namespace kompakt {
 namespace {
@@ -43,7 +48,10 @@ Node check_stage(const Node& node, const std::string& context, Problems& problem
   Options options;
   read_fields(node, context, problems, [&](FieldVisitor& v) { fields(v, options); });
   if constexpr (requires { options.objective; }) {
+    const std::size_t before = problems.size();
     if (!options.objective.is_null()) build_objectives(options.objective, {}, problems);
+    if constexpr (std::is_same_v<Options, DistillOptions>)
+      if (problems.size() == before) check_distill(options, false, node.place, problems);
   }
   if constexpr (std::is_same_v<Options, QuantizeOptions>) check_budget(options, node.place.text(), problems);
   if constexpr (std::is_same_v<Options, ExportOptions>) {
@@ -108,6 +116,13 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
   const auto options = read_stage<DistillOptions>(node);
   if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
   model.layer_map = student_layer_map(options.student, model.teacher.layers);
+  if (options.has_cache) {
+    Problems problems;
+    check_distill(options, input.recipe.is_classification(), node.place, problems);
+    problems.throw_if_any("the stage's options are not valid");
+    const SparseLayout row{1, std::min(options.cache.top, input.teacher.vocab), options.cache.tail, input.teacher.vocab};
+    model.notes.push_back(str("the teacher's cache takes at most ", row.packed_bytes(), " bytes a token"));
+  }
   add_training(input, options.train, &options.objective, model);
   model.bytes = float_bytes(model.config);
 }
@@ -116,9 +131,18 @@ void run_distill(const Node& node, StageRun& run) {
   const auto options = read_stage<DistillOptions>(node);
   const std::int64_t before = run.current.model->config().layers;
   if (!options.student.keep_layers.empty()) {
+    refuse_masks(run.context, "keep_layers makes a model of other layers");
     // Layers are counted in the teacher; the teacher's weights are where the student starts.
     run.current.model = make_student(*run.current.model, options.student);
     run.context.layer_map = student_layer_map(options.student, before);
+  }
+  std::unique_ptr<TeacherSource> cache;
+  if (options.has_cache) {
+    Problems problems;
+    check_distill(options, run.context.data->kind == TaskData::Kind::classification, node.place, problems);
+    problems.throw_if_any("the stage's options are not valid");
+    cache = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, options.cache, store_folder(run.recipe.store, run.recipe.base) / "teacher-outputs");
+    run.context.teacher = cache.get();
   }
   distill(*run.current.model, options, run.context);
   run.current.quantized.clear();
@@ -134,7 +158,7 @@ void plan_prune(const Node& node, const PlanInput& input, PlannedModel& model) {
 
 void run_prune(const Node& node, StageRun& run) {
   const auto options = read_stage<PruneOptions>(node);
-  if (options.has_structured || options.has_recover) prune(*run.current.model, options, options.has_recover ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{}, run.context);
+  if (options.has_structured || options.has_unstructured || options.has_recover) prune(*run.current.model, options, options.has_recover ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{}, run.context);
   if (options.has_vocabulary) {
     const TaskData& data = *run.context.data;
     std::vector<std::vector<std::int64_t>> texts = data.train.ids;
@@ -153,13 +177,17 @@ void run_prune(const Node& node, StageRun& run) {
 void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model) {
   const auto options = read_stage<QuantizeOptions>(node);
   model.budget_bytes = 0;
+  const auto add_trainings = [&] {
+    if (options.method == "qad") add_training(input, options.train, &options.objective, model);
+    if (options.tunes_model() && input.calibration_windows > 0) add_training(input, kl_train_options(options, input.calibration_windows, input.calibration_length), &options.objective, model);
+  };
   if (options.has_budget) {
     model.config = basis_config(model.config, options.basis);
     const Transformer shapes(model.config, 0, c10::Device(c10::kMeta));
     const BudgetFrame frame = budget_frame(model.config, options, budget_target(input.recipe, shapes, *input.tokenizer, true));
     model.quantized = frame.smallest, model.budget_bytes = frame.limit;
     model.notes.push_back(frame.note());
-    if (options.method == "qad") add_training(input, options.train, &options.objective, model);
+    add_trainings();
     model.bytes = float_bytes(model.config);
     return;
   }
@@ -167,7 +195,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   model.config = basis_config(model.config, options.basis);
   model.quantized = plan.tensors;
   model.notes.insert(model.notes.end(), plan.fallbacks.begin(), plan.fallbacks.end());
-  if (options.method == "qad") add_training(input, options.train, &options.objective, model);
+  add_trainings();
   model.bytes = float_bytes(model.config);
 }
 
@@ -184,7 +212,7 @@ void round_others_to_half(Transformer& model, const QuantizedModel& quantized) {
 
 void run_quantize(const Node& node, StageRun& run) {
   const auto options = read_stage<QuantizeOptions>(node);
-  const auto objectives = options.method == "qad" ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{};
+  const auto objectives = options.method == "qad" || options.tunes_model() ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{};
   const QuantizedModel result = options.has_budget ? quantize_within_budget(*run.current.model, options, objectives, run.context, budget_target(run.recipe, *run.current.model, *run.current.tokenizer, options.others == "f16"))
                                                    : quantize(*run.current.model, options, objectives, run.context);
   if (options.others == "f16") round_others_to_half(*run.current.model, result);
@@ -245,7 +273,10 @@ const StageRow* find_stage(std::string_view name) {
 }
 
 bool works_by_blocks(const RecipeStage& stage) {
-  return stage.row->name == "quantize" && !find_quantization_method(read_stage<QuantizeOptions>(stage.options).method)->needs_train;
+  if (stage.row->name == "prune") return prunes_by_blocks(read_stage<PruneOptions>(stage.options));
+  if (stage.row->name != "quantize") return false;
+  const auto options = read_stage<QuantizeOptions>(stage.options);
+  return !find_quantization_method(options.method)->needs_train && !options.tunes_model();
 }
 
 std::vector<std::string> stage_names() {

@@ -24,6 +24,7 @@ struct RecipeStage;
 struct WorkingModel {
   std::shared_ptr<Transformer> model;
   std::shared_ptr<const Tokenizer> tokenizer;
+  WeightMasks masks;           // weights that are zero for good
   QuantizedTensors quantized;  // filled by the stage quantize; empty again when the weights change afterwards
 };
 
@@ -53,6 +54,7 @@ struct PlanInput {
   const Recipe& recipe;
   std::int64_t train_examples = 0;      // or windows
   double tokens_per_example = 0;
+  std::int64_t calibration_windows = 0, calibration_length = 0;
   std::int64_t touched_vocabulary = 0;  // pieces that the training texts use
   std::int64_t vocabulary_kept = 0;     // after vocabulary pruning
   std::int64_t evaluation_examples = 0;
@@ -78,7 +80,8 @@ struct StageRow {
 std::span<const StageRow> stage_rows();
 const StageRow* find_stage(std::string_view name);
 std::vector<std::string> stage_names();
-// A quantize stage that does not train: it needs one block of float weights at a time and no outputs of the teacher.
+// A stage prune or quantize that works on one block after the other and neither trains nor tunes the whole model: it needs one block of
+// float weights at a time and no outputs of the teacher.
 bool works_by_blocks(const RecipeStage& stage);
 
 }  // namespace kompakt

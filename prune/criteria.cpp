@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <set>
 #include <stdexcept>
 
@@ -82,7 +83,8 @@ class GradientFlags {
 // Gate of unit u: activations times g_u, g_u = 1. d loss_b / d g_u = sum over tokens (and head dimensions) of act * grad; its
 // mean square over examples is the diagonal of the empirical Fisher information of the gates: the second-order estimate of
 // the loss when the unit is removed (Molchanov et al. 2019). Comparable across layers.
-UnitScores criteria_taylor(Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t) {
+template <class Fold>
+UnitScores criteria_gates(Transformer& model, const std::vector<TokenBatch>& batches, const Fold& fold) {
   UnitScores scores = criteria_zeros(model);
   const GradientFlags restore(model);
   // A graph through all layers needs one parameter below them that wants a gradient; none is ever computed for it.
@@ -107,8 +109,8 @@ UnitScores criteria_taylor(Transformer& model, const std::vector<TokenBatch>& ba
     for (std::size_t i = 0; i < layers; ++i) {
       const Tensor ffn = (acts[2 * i].detach() * grads[2 * i]).sum(1);                                                    // [B,f]
       const Tensor heads = (acts[2 * i + 1].detach() * grads[2 * i + 1]).sum(1).unflatten(-1, {model.blocks[i].attention.heads, -1}).sum(-1);  // [B,H]
-      scores.ffn[i] += ffn.to(at::kDouble).square().sum(0).cpu();
-      scores.heads[i] += heads.to(at::kDouble).square().sum(0).cpu();
+      scores.ffn[i] += fold(ffn.to(at::kDouble)).sum(0).cpu();
+      scores.heads[i] += fold(heads.to(at::kDouble)).sum(0).cpu();
     }
     examples += static_cast<double>(batch.rows);
     progress.update(done += batch.rows);
@@ -119,6 +121,15 @@ UnitScores criteria_taylor(Transformer& model, const std::vector<TokenBatch>& ba
     scores.heads[i] /= examples;
   }
   return scores;
+}
+
+UnitScores criteria_taylor(Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t) {
+  return criteria_gates(model, batches, [](const Tensor& gradients) { return gradients.square(); });
+}
+
+// The first-order estimate itself: mean magnitude of the change of an example's loss (Michel et al. 2019).
+UnitScores criteria_taylor_abs(Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t) {
+  return criteria_gates(model, batches, [](const Tensor& gradients) { return gradients.abs(); });
 }
 
 Tensor criteria_row_squares(const Linear& linear) {
@@ -198,6 +209,51 @@ UnitScores criteria_flap(Transformer& model, const std::vector<TokenBatch>& batc
   return scores;
 }
 
+// Optimal brain surgeon for units: the error of the output or down projection when the unit goes and the others make up for it,
+// tr(W_u ([C^-1]_uu)^-1 W_u') with C the second moments of the projection's inputs, ridge 1e-2 of their mean diagonal.
+UnitScores criteria_obs(Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t) {
+  UnitScores scores = criteria_zeros(model);
+  const auto layers = static_cast<std::int64_t>(model.blocks.size());
+  const std::int64_t f = model.config().ffn, inner = model.config().heads * model.config().head_dim;
+  const std::int64_t a_pass = std::clamp<std::int64_t>((std::int64_t{1} << 30) / (8 * (f * f + inner * inner)), 1, layers);
+  const at::NoGradGuard no_grad;
+  for (std::int64_t begin = 0; begin < layers; begin += a_pass) {
+    const std::int64_t end = std::min(layers, begin + a_pass);
+    std::vector<std::array<Tensor, 2>> moments(static_cast<std::size_t>(layers));
+    double count = 0;
+    criteria_walk(model, batches, [&](std::size_t i, const Tensor& ffn, const Tensor& context, const Tensor& valid) {
+      if (i == 0) count += valid.sum().item<double>();
+      if (static_cast<std::int64_t>(i) < begin || static_cast<std::int64_t>(i) >= end) return;
+      const Tensor rows = valid.flatten().nonzero().squeeze(-1);
+      const std::array<Tensor, 2> values{ffn, context};
+      for (std::size_t k = 0; k < 2; ++k) {
+        const Tensor x = values[k].flatten(0, 1).index_select(0, rows).to(at::kFloat);
+        const Tensor product = at::mm(x.t(), x).to(at::kDouble);
+        moments[i][k] = moments[i][k].defined() ? moments[i][k].add_(product) : product;
+      }
+    });
+    for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+      const Block& block = model.blocks[i];
+      for (std::size_t k = 0; k < 2; ++k) {
+        Tensor c = moments[i][k] / count;
+        c.diagonal().add_(std::max(1e-2 * c.diagonal().mean().item<double>(), 1e-30));
+        const Tensor inverse = at::cholesky_inverse(at::linalg_cholesky(c)).cpu();
+        if (k == 0) {
+          scores.ffn[i] = criteria_column_squares(block.mlp.down) / inverse.diagonal();
+          continue;
+        }
+        const Tensor weight = block.attention.output.weight.detach().to(at::kCPU, at::kDouble);
+        const std::int64_t hd = block.attention.head_dim;
+        for (std::int64_t h = 0; h < block.attention.heads; ++h) {
+          const Tensor part = weight.slice(1, h * hd, (h + 1) * hd), own = inverse.slice(0, h * hd, (h + 1) * hd).slice(1, h * hd, (h + 1) * hd);
+          scores.heads[i][h] = (part.t() * at::linalg_solve(own, part.t())).sum();
+        }
+      }
+    }
+  }
+  return scores;
+}
+
 UnitScores criteria_random(Transformer& model, const std::vector<TokenBatch>&, std::uint64_t seed) {
   UnitScores scores = criteria_zeros(model);
   for (std::size_t i = 0; i < model.blocks.size(); ++i) {
@@ -211,11 +267,13 @@ UnitScores criteria_random(Transformer& model, const std::vector<TokenBatch>&, s
   return scores;
 }
 
-constexpr std::array<Criterion, 5> criteria_table{{
+constexpr std::array<Criterion, 7> criteria_table{{
     {"taylor", "first-order Taylor: mean square of the loss gradient at a gate on the unit (empirical Fisher)", true, true, criteria_taylor},
+    {"taylor_abs", "first-order Taylor: mean magnitude of the same gradient", true, true, criteria_taylor_abs},
     {"magnitude", "L2 norm of the unit's weights", false, false, criteria_magnitude},
     {"activation_norm", "mean activation of the unit, L2 over sequences (Minitron)", true, false, criteria_activation},
     {"flap", "variance of the activation times the squared norm of the weights that read it (FLAP)", true, false, criteria_flap},
+    {"obs", "error of the projection behind the unit when the other units make up for it: goes with compensate", true, false, criteria_obs},
     {"random", "a seeded draw: the control that every other criterion must beat", false, false, criteria_random},
 }};
 

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 
@@ -12,7 +13,9 @@
 #include "core/text.h"
 #include "model/families.h"
 #include "prune/criteria.h"
+#include "prune/stream_refit.h"
 #include "prune/structured.h"
+#include "train/mask.h"
 #include "train/objective.h"
 
 namespace kompakt {
@@ -90,13 +93,18 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
   std::size_t examples = 0;
   for (const TokenBatch& batch : batches) examples += static_cast<std::size_t>(batch.rows);
 
+  const bool to_stream = options.compensate == "stream";
+  const std::unique_ptr<Transformer> original = to_stream ? model.clone() : nullptr;
+  std::vector<std::int64_t> left(static_cast<std::size_t>(before.layers));
+  std::iota(left.begin(), left.end(), 0);
   Json removed = Json::object();
   if (structured.layers > 0) {
-    const std::vector<std::int64_t> gone = remove_layers(model, structured.layers, batches);
+    const std::vector<std::int64_t> gone = remove_layers(model, structured.layers, batches, structured.depth);
+    std::erase_if(left, [&](std::int64_t layer) { return std::find(gone.begin(), gone.end(), layer) != gone.end(); });
     if (!context.layer_map.empty()) context.layer_map = stage_layer_map(context.layer_map, gone);
     removed["layers"] = gone;
     removed["depth"] = {before.layers, model.config().layers};
-    log_info(str(context.title, ": removed ", gone.size(), " of ", before.layers, " layers by block influence"));
+    log_info(str(context.title, ": removed ", gone.size(), " of ", before.layers, " layers (", structured.depth, ")"));
   }
   if (after.ffn < before.ffn || after.heads < before.heads) {
     const UnitScores scores = measure_units(*criterion, model, batches, context.seed);
@@ -113,6 +121,11 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
     if (context.details) (*context.details)["importance"] = stage_importance(options, scores, kept, examples);
     log_info(str(context.title, ": feed-forward ", before.ffn, " -> ", after.ffn, ", heads ", before.heads, " -> ", after.heads, " (", options.criterion, ", ", examples, " examples)"));
   }
+  if (to_stream && (after.layers < before.layers || after.ffn < before.ffn || after.heads < before.heads)) {
+    const CalibrationSet set = calibration_set(context, options.samples, "compensate: none");
+    refit_to_stream(model, *original, left, set);
+    if (context.details) (*context.details)["calibration"] = Json{{"sequences", set.sequences}, {"tokens", set.tokens}, {"sha256", set.hash}};
+  }
   if (after.heads < before.heads && after.family && after.family->encoder)
     log_warning(str(context.title, ": ", after.heads, " heads of size ", after.head_dim, " do not make up the hidden size ", after.hidden, "; the Hugging Face class of this family cannot express that, so transformers will not load this checkpoint (kompakt does)"));
   if (context.details) {
@@ -127,8 +140,10 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
   visitor.section("structured", options.has_structured, "neurons, heads and layers that are really removed", [&](FieldVisitor& inner) {
     inner.number("ffn", options.structured.ffn, "share of feed-forward neurons kept", {.min = 0.0, .max = 1.0, .open_min = true});
     inner.number("heads", options.structured.heads, "share of attention heads kept; with grouped queries whole groups, or equally many heads of each", {.min = 0.0, .max = 1.0, .open_min = true});
-    inner.integer("layers", options.structured.layers, "layers to remove, by block influence", {.min = 0.0});
+    inner.integer("layers", options.structured.layers, "layers to remove", {.min = 0.0});
+    inner.choice("depth", options.structured.depth, "which layers go", depth_criterion_names());
   });
+  visitor.section("unstructured", options.has_unstructured, "single weights set to zero; the masks are kept by every later stage", [&](FieldVisitor& inner) { fields(inner, options.unstructured); });
   visitor.section("vocabulary", options.has_vocabulary, "rows of the embedding that no training text uses are removed, the tokenizer is rewritten", [&](FieldVisitor& inner) {
     inner.integer("first_ids", options.vocabulary.first_ids, "keep all ids below this besides the used ones (vocabularies are sorted by frequency)", {.min = 0.0});
     inner.integer("max_positions", options.vocabulary.max_positions, "rows of learned position embeddings to keep: the longest text in tokens; 0 = all", {.min = 0.0});
@@ -136,7 +151,7 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
   visitor.choice("criterion", options.criterion, "importance of a neuron or head", criterion_names());
   visitor.integer("samples", options.samples, "training examples or calibration windows that importance is measured on", {.min = 1.0});
   visitor.integer("multiple_of", options.multiple_of, "feed-forward widths are rounded to a multiple (256 suits all GGUF types)", {.min = 1.0});
-  visitor.choice("compensate", options.compensate, "refit of the weights that read the remaining units: least squares (ls), or none", {"none", "ls"});
+  visitor.choice("compensate", options.compensate, "least-squares refit of output and down projections after the cut: to their own outputs (ls), or to the residual stream of the uncut model, removed layers included (stream)", {"none", "ls", "stream"});
   visitor.section("recover", options.has_recover, "training after the cut", [&](FieldVisitor& inner) { fields(inner, options.recover); });
   visitor.subtree("objective", options.objective, "objectives of the recovery, as in distill");
 }
@@ -144,7 +159,10 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
 ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options) {
   ModelConfig out = config;
   if (options.has_vocabulary && options.vocabulary.max_positions > 0 && config.family->learned_positions) out.max_positions = std::min(out.max_positions, options.vocabulary.max_positions);
-  if (!options.has_structured) return out;
+  if (!options.has_structured) {
+    if (options.has_unstructured) check_unstructured(out, options.unstructured);
+    return out;
+  }
   const StructuredOptions& structured = options.structured;
   if (structured.layers > 0 && structured.layers >= config.layers)
     throw Error(str("removing ", structured.layers, " of ", config.layers, " layers leaves nothing")).at("structured.layers").given(str(structured.layers)).allowed(str("0 to ", config.layers - 1));
@@ -155,12 +173,22 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
   const HeadPlan heads = plan_heads(config.heads, config.kv_heads, structured.heads);
   out.heads = heads.heads;
   out.kv_heads = heads.kv_heads;
+  if (options.has_unstructured) check_unstructured(out, options.unstructured);
   return out;
 }
 
+bool prunes_by_blocks(const PruneOptions& options) { return options.has_unstructured && !options.has_structured && !options.has_vocabulary && !options.has_recover; }
+
 void prune(Transformer& model, const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context) {
   stage_check_objectives(options, objectives, context);
-  if (options.has_structured) stage_cut(model, options, context);
+  if (options.has_structured) {
+    refuse_masks(context, "structured pruning cuts matrices");
+    stage_cut(model, options, context);
+  }
+  if (options.has_unstructured) {
+    check_unstructured(model.config(), options.unstructured);
+    prune_unstructured(model, options.unstructured, options.samples, context);
+  }
   if (!options.has_recover) {
     if (!options.objective.is_null()) throw Error("the stage prune has an objective but no recovery that would use it").at(context.title).hint("add \"recover: {epochs: 1}\", or remove \"objective\"");
     return;

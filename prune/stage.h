@@ -1,10 +1,14 @@
-// The stage `prune`: neurons, heads, layers and vocabulary really removed; the result is a plain smaller model.
+// The stage `prune`: neurons, heads, layers and vocabulary really removed, the result is a plain smaller model; or single
+// weights set to zero for good.
 #pragma once
 
 #include <memory>
 #include <vector>
 
 #include "core/fields.h"
+#include "prune/criteria.h"
+#include "prune/depth.h"
+#include "prune/unstructured.h"
 #include "train/context.h"
 #include "train/loop.h"
 #include "train/options.h"
@@ -14,7 +18,8 @@ namespace kompakt {
 struct StructuredOptions {
   double ffn = 1.0;          // share of feed-forward neurons kept
   double heads = 1.0;        // share of attention heads kept (whole key/value groups for grouped queries)
-  std::int64_t layers = 0;   // layers to remove by block influence
+  std::int64_t layers = 0;   // layers to remove
+  std::string depth = "block_influence";  // row of the table of depth criteria: which
 };
 
 struct VocabularyOptions {
@@ -23,6 +28,8 @@ struct VocabularyOptions {
 };
 
 struct PruneOptions {
+  bool has_unstructured = false;
+  UnstructuredOptions unstructured;
   bool has_structured = false;
   StructuredOptions structured;
   bool has_vocabulary = false;
@@ -30,7 +37,7 @@ struct PruneOptions {
   std::string criterion = "taylor";   // row of the table of criteria
   std::int64_t samples = 768;         // training examples (or sequences) that the importance is measured on
   std::int64_t multiple_of = 32;      // widths are rounded to a multiple
-  std::string compensate = "none";    // none | ls: least-squares refit of the remaining down/output weights
+  std::string compensate = "none";    // none | ls: refit of down and output projections to their own outputs | stream: to the residual stream
   bool has_recover = false;
   TrainOptions recover;
   Node objective;                     // of the recovery, as in distill
@@ -40,8 +47,11 @@ void fields(FieldVisitor& visitor, PruneOptions& options);
 // Shape after the stage, for `plan` and for the check of the recipe: Error with the nearest valid value where it does not divide.
 ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options);
 
-// Structured pruning (vocabulary excluded), then recovery with `objectives` when asked.
+// Structured pruning (vocabulary excluded), then single weights, then recovery with `objectives` when asked.
 void prune(Transformer& model, const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context);
+
+// Single weights alone, without recovery: one block of weights at a time is enough.
+bool prunes_by_blocks(const PruneOptions& options);
 
 // Vocabulary: sorted old ids that are kept; then the embedding cut to them. The tokenizer is cut by Tokenizer::restrict_to.
 std::vector<std::int64_t> kept_vocabulary(const Tokenizer& tokenizer, const std::vector<std::vector<std::int64_t>>& texts, const VocabularyOptions& options);

@@ -13,7 +13,6 @@
 #include "core/error.h"
 #include "core/log.h"
 #include "core/text.h"
-#include "model/depth.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -270,23 +269,6 @@ void cut_units_with_refit(Transformer& model, const std::vector<KeptUnits>& kept
       if (refit.bias.defined()) linear.bias = refit.bias;
     }
   }
-}
-
-std::vector<std::int64_t> remove_layers(Transformer& model, std::int64_t count, const std::vector<TokenBatch>& batches) {
-  if (count >= model.config().layers) throw Error(str("removing ", count, " of ", model.config().layers, " layers leaves nothing")).at("structured.layers").given(str(count)).allowed(str("0 to ", model.config().layers - 1));
-  std::vector<std::int64_t> left(static_cast<std::size_t>(model.config().layers)), removed;
-  std::iota(left.begin(), left.end(), 0);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::vector<double> influence = block_influence(model, batches);
-    const auto lowest = std::min_element(influence.begin(), influence.end()) - influence.begin();
-    std::vector<std::int64_t> keep;
-    for (std::int64_t layer = 0; layer < model.config().layers; ++layer)
-      if (layer != lowest) keep.push_back(layer);
-    keep_blocks(model, keep);
-    removed.push_back(left[static_cast<std::size_t>(lowest)]);
-    left.erase(left.begin() + lowest);
-  }
-  return removed;
 }
 
 }  // namespace kompakt

@@ -1,4 +1,4 @@
-// Taking neurons, heads and layers out of a model, with an optional refit of the weights that read what is left.
+// Taking neurons and heads out of a model, with an optional refit of the weights that read what is left.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -47,9 +47,5 @@ Refit refit_linear(const Linear& linear, const std::vector<std::int64_t>& kept, 
 
 // Refits down and output projections of every layer to `kept` from activations of the uncut model, then cuts.
 void cut_units_with_refit(Transformer& model, const std::vector<KeptUnits>& kept, const std::vector<TokenBatch>& batches, double ridge = 1e-2);
-
-// Removes `count` layers, one at a time, always the one of lowest block influence, measured anew after each.
-// Returns the original numbers of the removed layers, in the order of removal. Error when nothing would stay.
-std::vector<std::int64_t> remove_layers(Transformer& model, std::int64_t count, const std::vector<TokenBatch>& batches);
 
 }  // namespace kompakt

@@ -14,9 +14,9 @@
 #include "model/families.h"
 #include "quantize/channel_scales.h"
 #include "quantize/hadamard.h"
-#include "quantize/hessian.h"
 #include "quantize/invariance.h"
 #include "quantize/stage.h"
+#include "train/calibration.h"
 
 namespace kompakt {
 namespace {

@@ -40,20 +40,21 @@ class BlockTuner {
   BlockTuner(Transformer& model, std::int64_t layer, const CalibrationSet& set, const BlockActivations& activations, const BlockTuneOptions& options, std::uint64_t seed)
       : model_(model), layer_(layer), set_(set), activations_(activations), options_(options), random_(seed, "block-tune/" + std::to_string(layer)) {
     for (std::size_t b = 0; b < set.inputs.size(); ++b)
-      for (std::int64_t row = 0; row < activations.inputs[b].size(0); ++row) sequences_.push_back({b, row});
+      for (std::int64_t row = 0; row < set.inputs[b].ids.size(0); ++row) sequences_.push_back({b, row});
   }
 
   BlockTuneResult run(const std::map<std::string, at::Tensor>& original, const QuantizationPlan& plan, std::map<std::string, Quantized>& quantized) {
-    Block& block = model_.blocks[static_cast<std::size_t>(layer_)];
-    for (Linear* linear : {&block.attention.query, &block.attention.key, &block.attention.value, &block.attention.output, &block.mlp.gate, &block.mlp.up, &block.mlp.down}) {
-      const auto found = quantized.find(linear->name);
-      if (!linear->weight.defined() || found == quantized.end()) continue;
-      Slot slot{linear, latent_grid(plan.tensors.at(linear->name), found->second), {}, {}, &found->second};
-      slot.values = latent_start(slot.grid, original.at(linear->name), found->second.codes, options_.margin);
-      slot.base = slot.values.codes.clone();
-      slots_.push_back(std::move(slot));
-    }
+    for (const BlockPart part : block_parts)
+      for (Linear* linear : part_linears(model_.blocks[static_cast<std::size_t>(layer_)], part)) {
+        const auto found = quantized.find(linear->name);
+        if (found == quantized.end() || plan.tensors.at(linear->name).grid->levels) continue;
+        Slot slot{linear, latent_grid(plan.tensors.at(linear->name), found->second), {}, {}, &found->second};
+        slot.values = latent_start(slot.grid, original.at(linear->name + ".weight"), found->second.codes, options_.margin);
+        slot.base = slot.values.codes.clone();
+        slots_.push_back(std::move(slot));
+      }
     BlockTuneResult result;
+    if (slots_.empty()) return result;
     result.before = result.after = full_loss();
     std::vector<Quantized> best;
     for (std::int64_t i = 0; i < options_.iterations; ++i) {
@@ -93,7 +94,7 @@ class BlockTuner {
 
   // Rows of equal length side by side, at least two pieces where there are two rows.
   std::vector<Piece> pieces(std::vector<std::int64_t> rows) const {
-    const auto length = [&](std::int64_t s) { return activations_.inputs[sequences_[static_cast<std::size_t>(s)].batch].size(1); };
+    const auto length = [&](std::int64_t s) { return set_.inputs[sequences_[static_cast<std::size_t>(s)].batch].ids.size(1); };
     std::sort(rows.begin(), rows.end());
     std::stable_sort(rows.begin(), rows.end(), [&](std::int64_t a, std::int64_t b) { return length(a) < length(b); });
     const std::int64_t half = (static_cast<std::int64_t>(rows.size()) + 1) / 2;
@@ -115,7 +116,7 @@ class BlockTuner {
       const auto& [b, row] = sequences_[static_cast<std::size_t>(s)];
       const ModelInput& input = set_.inputs[b];
       TORCH_CHECK(!input.documents.defined() && !input.positions.defined(), "calibration sequences hold one document each");
-      ids.push_back(input.ids[row]), x.push_back(activations_.inputs[b][row]), target.push_back(activations_.targets[b][row]);
+      ids.push_back(input.ids[row]), x.push_back(activations_.input(b)[row]), target.push_back(activations_.target(b)[row]);
       padded = padded || input.lengths.defined();
       lengths.push_back(input.lengths.defined() ? input.lengths[row] : at::full({}, input.ids.size(1), input.ids.options()));
     }
@@ -218,7 +219,6 @@ void fields(FieldVisitor& visitor, BlockTuneOptions& options) {
 
 BlockTuneResult tune_block(Transformer& model, std::int64_t layer, const CalibrationSet& set, const BlockActivations& activations, const std::map<std::string, at::Tensor>& original,
                            const QuantizationPlan& plan, const BlockTuneOptions& options, std::uint64_t seed, std::map<std::string, Quantized>& quantized) {
-  TORCH_CHECK(activations.inputs.size() == set.inputs.size() && activations.targets.size() == set.inputs.size(), "activations do not fit the calibration set");
   return BlockTuner(model, layer, set, activations, options, seed).run(original, plan, quantized);
 }
 

@@ -5,20 +5,21 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
-#include <vector>
 
 #include "core/fields.h"
-#include "quantize/hessian.h"
 #include "quantize/stage.h"
+#include "train/calibration.h"
 
 namespace kompakt {
 
-// What flows into one block and what should come out, per batch of the calibration set [B,T,d].
+// What flows into one block and what should come out, by the number of a batch of the calibration set: [B,T,d]. Asked for batch
+// by batch, since they may lie on disk.
 struct BlockActivations {
-  std::vector<at::Tensor> inputs;   // behind the quantized blocks before
-  std::vector<at::Tensor> targets;  // output of the float block for the float model's input
+  std::function<at::Tensor(std::size_t)> input;   // behind the quantized blocks before
+  std::function<at::Tensor(std::size_t)> target;  // output of the float block for the float model's input
 };
 
 struct BlockTuneResult {
@@ -26,8 +27,8 @@ struct BlockTuneResult {
   std::int64_t best_iteration = 0;
 };
 
-// `quantized`: codes and scales of the block's linears by name, replaced by better ones; linears without an entry stay as they
-// are. `original`: their float weights. Afterwards the model's block holds the decoded weights. Latents lie within 0.5 of where
+// `quantized`: codes and scales of the block's linears by name, replaced by better ones; linears without an entry, or on a grid of
+// uneven levels, stay as they are. `original`: the float block's parameters by name (block_parameters). Afterwards the model's block holds the decoded weights. Latents lie within 0.5 of where
 // they start; sign descent with a rate that falls to zero; the best codes by the loss over all of `set` are kept, the start
 // included. The same bytes for every number of threads. Memory: about six times the weights of the block.
 BlockTuneResult tune_block(Transformer& model, std::int64_t layer, const CalibrationSet& set, const BlockActivations& activations, const std::map<std::string, at::Tensor>& original,

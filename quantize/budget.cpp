@@ -266,6 +266,7 @@ BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& optio
   const BudgetOptions& b = options.budget;
   Problems problems;
   check_budget(options, "quantize.budget", problems);
+  check_tuning(config, options, problems);
   std::vector<GridSpec> specs;
   for (const std::string& text : b.formats.empty() ? target.formats : b.formats)
     if (const auto spec = budget_format(text, problems)) specs.push_back(*spec);

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "quantize/hessian.h"
+#include "train/calibration.h"
 
 namespace kompakt {
 

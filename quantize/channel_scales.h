@@ -11,7 +11,7 @@
 #include "core/json.h"
 #include "model/transformer.h"
 #include "quantize/grids.h"
-#include "quantize/hessian.h"
+#include "train/calibration.h"
 
 namespace kompakt {
 

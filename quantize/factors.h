@@ -4,24 +4,12 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <string>
 #include <vector>
 
 #include "quantize/methods.h"
+#include "train/inverse_factor.h"
 
 namespace kompakt {
-
-// The library's threads are switched off while one of these lives: a factorization must give the same bits for any number.
-class SingleThread {
- public:
-  SingleThread();
-  ~SingleThread();
-  SingleThread(const SingleThread&) = delete;
-  SingleThread& operator=(const SingleThread&) = delete;
-
- private:
-  int before_;
-};
 
 struct ColumnOrder {
   std::vector<std::int64_t> column;  // processed position -> column
@@ -30,13 +18,6 @@ struct ColumnOrder {
 };
 // Groups by falling largest energy, columns likewise inside a group; or all as they stand. `energy` [K] = diag H.
 ColumnOrder column_order(const at::Tensor& energy, std::int64_t group, bool act_order);
-
-struct InverseFactor {
-  at::Tensor upper;     // U [K,K] in processed order; undefined = only the diagonal of H is used
-  at::Tensor diagonal;  // [K] of U
-  double damping = 0;   // share of mean(diag H) that it needed
-  std::string path;     // how it was found, for the report
-};
 
 struct InputFactors {
   // of the sweep

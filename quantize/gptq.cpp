@@ -56,12 +56,14 @@ std::vector<std::pair<std::int64_t, std::int64_t>> gptq_blocks(const ColumnOrder
 }
 
 template <class Real>
-LayerResult gptq_sweep(const at::Tensor& weight, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width) {
+LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width) {
   const auto type = sizeof(Real) == 8 ? at::kDouble : at::kFloat;
   const Grid& grid = *spec.grid;
   const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.group_for(columns), groups = spec.scale_count(columns);
   const at::Tensor permutation = at::tensor(at::ArrayRef<std::int64_t>(order.column), at::kLong);
   at::Tensor work = weight.index_select(1, permutation).to(type).contiguous();  // compensated weights, processed order
+  const at::Tensor kept = mask.defined() ? mask.to(at::kCPU, at::kBool).index_select(1, permutation).contiguous() : at::Tensor();
+  const bool* keeps = kept.defined() ? kept.const_data_ptr<bool>() : nullptr;
   const bool dense = factor.upper.defined();
   const at::Tensor upper = dense ? factor.upper.to(type).contiguous() : at::Tensor(), diagonal = factor.diagonal.to(type).contiguous();
   const Real* u = dense ? upper.data_ptr<Real>() : nullptr;
@@ -109,7 +111,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const InverseFactor& factor, co
             if (g < order.group.size() && order.begin[g] == j) {
               // Fitted on the compensated weights, taken in their own order: without compensation this is what encode does.
               const std::int64_t first = order.group[g] * group, n = order.begin[g + 1] - j, at = r * groups + order.group[g];
-              for (std::int64_t i = 0; i < n; ++i) values[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = static_cast<float>(row[j + i]);
+              for (std::int64_t i = 0; i < n; ++i) values[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = keeps && !keeps[r * columns + j + i] ? 0.0f : static_cast<float>(row[j + i]);
               if (!scratch.load(values.data(), nullptr, n)) throw Error(str("row ", r, ": the compensated weights are not finite")).hint("raise damping, or give more calibration data");
               s = grid.fit(scratch);
               inverse = grid::inverse_scale(s.scale);
@@ -117,7 +119,8 @@ LayerResult gptq_sweep(const at::Tensor& weight, const InverseFactor& factor, co
               if (offsets) offsets[at] = s.offset;
               ++g;
             }
-            const float code = rule.nearest(static_cast<float>(row[j]), inverse, s.offset);
+            // A pruned weight is rounded to zero, and what compensation made of it is made up for like any error.
+            const float code = rule.nearest(keeps && !keeps[r * columns + j] ? 0.0f : static_cast<float>(row[j]), inverse, s.offset);
             codes[r * columns + order.column[static_cast<std::size_t>(j)]] = static_cast<std::int8_t>(static_cast<int>(code));
             const Real e = (row[j] - static_cast<Real>(grid::decode_value(rule.value(code), s.scale, s.offset))) / diag[j];
             row_error[j - from] = e;
@@ -147,7 +150,7 @@ LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const L
   // A column whose input is always zero costs nothing: its weights are free and become zero.
   if (factors.dead_count > 0) weight = weight.masked_fill(factors.dead.unsqueeze(0), 0);
   const std::int64_t width = std::max<std::int64_t>(1, options.block);
-  LayerResult result = options.float64 ? gptq_sweep<double>(weight, factors.factor, factors.order, spec, width) : gptq_sweep<float>(weight, factors.factor, factors.order, spec, width);
+  LayerResult result = options.float64 ? gptq_sweep<double>(weight, input.mask, factors.factor, factors.order, spec, width) : gptq_sweep<float>(weight, input.mask, factors.factor, factors.order, spec, width);
   result.damping = factors.factor.damping, result.path = factors.factor.path, result.dead = factors.dead_count;
   return result;
 }

@@ -4,8 +4,8 @@
 #include <string>
 
 #include "core/json.h"
-#include "quantize/hessian.h"
 #include "quantize/methods.h"
+#include "train/calibration.h"
 
 namespace kompakt {
 

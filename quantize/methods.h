@@ -1,5 +1,5 @@
 // The table of quantization methods, and the pure functions behind the rows: one weight matrix and the second moment of its
-// inputs in, codes and scales out. Where the statistics come from is quantize/hessian.h; the order of layers is the stage's.
+// inputs in, codes and scales out. Where the statistics come from is train/calibration.h; the order of layers is the stage's.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -30,7 +30,8 @@ struct LayerInput {
   at::Tensor hessian;  // [K,K] E[x x^T], inputs of the quantized prefix; float32 or float64; undefined for data-free methods
   at::Tensor cross;    // [K,K] E[x~ x^T], x~ = the teacher's input; undefined = no teacher target
   // Given to every linear with this input, so that what depends on the input alone is computed once; null = nothing is kept.
-  std::shared_ptr<InputFactors> factors;
+  std::shared_ptr<InputFactors> factors = {};
+  at::Tensor mask = {};  // [N,K] bool, false = the weight is zero and stays so; undefined = all may differ from zero
 };
 
 struct LayerResult {
@@ -62,9 +63,6 @@ at::Tensor teacher_target(const LayerInput& input, double alpha, double damping)
 
 // tr(E H E^T) / tr(W H W^T) with E = W - decode(q).
 double output_error(const at::Tensor& weight, const at::Tensor& decoded, const at::Tensor& hessian);
-
-// U upper triangular with (H + damping)^-1 = U^T U, [K,K] in the type of `hessian`; undefined when the factorization fails.
-at::Tensor inverse_factor(const at::Tensor& hessian);
 
 struct QuantizationMethod {
   std::string_view name, summary;

@@ -4,6 +4,8 @@
 
 #include "core/error.h"
 #include "core/text.h"
+#include "model/families.h"
+#include "quantize/kl_tune.h"
 #include "quantize/methods.h"
 #include "quantize/stage.h"
 #include "quantize/tensors.h"
@@ -65,9 +67,24 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.flag("bias_correction", options.bias_correction, "where a layer has a bias, codes are chosen for the covariance of its inputs and the bias takes the mean error");
   visitor.flag("spill", options.spill, "keep the activations of the calibration set on disk: less memory, a little slower");
   visitor.flag("layer_table", options.layer_table, "print the table of layers when the stage is done");
+  visitor.section("block_tune", options.has_block_tune, "after the method, every block: roundings and scales by sign descent towards the float block's output", [&](FieldVisitor& inner) { fields(inner, options.block_tune); });
+  visitor.choice("tune", options.tune, "after that, the whole model towards the teacher's predictions: scales and norms, or latent weights too; the best by held-out text is kept", tune_mode_names());
+  visitor.section("tuning", options.has_tuning, "how tune goes about it", [&](FieldVisitor& inner) { fields(inner, options.tuning); });
   visitor.number("warmup_strength", options.warmup_strength, "method qad: share of the steps over which quantization fades in", {.min = 0, .max = 1});
-  visitor.subtree("objective", options.objective, "method qad: list of losses, as in distill");
+  visitor.subtree("objective", options.objective, "method qad and tune: list of losses, as in distill");
   fields(visitor, options.train);  // method qad
+}
+
+void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Problems& problems) {
+  if (options.has_tuning && !options.tunes_model()) problems.add(Error("options of a tuning that does not take place").at("quantize.tuning").given("tune: none").allowed("tune: scales or weights").hint("set tune, or leave tuning out"));
+  if (!options.tunes_model() && !options.tunes_blocks()) return;
+  const char* key = options.tunes_model() ? "quantize.tune" : "quantize.block_tune";
+  if (const QuantizationMethod* method = find_quantization_method(options.method); method && method->needs_train)
+    problems.add(Error(str("method ", method->name, " trains on the grid itself")).at(key).given(str("method: ", method->name)).allowed("a method that does not train").hint("leave the key out, or take method: trifit"));
+  if (const Grid* grid = find_grid(options.weights); grid && grid->levels && !options.has_budget)
+    problems.add(Error(str("tuning moves between even levels, and those of grid \"", grid->name, "\" are not")).at(key).given(str("weights: ", grid->name)).hint("leave the key out, or take another grid of this size"));
+  if (options.tunes_model() && (config.family->encoder || config.is_classifier()))
+    problems.add(Error("tuning towards the teacher's predictions works on decoders and calibration text").at(key).given(config.is_classifier() ? "a classifier" : "an encoder").hint("method: qad trains on labelled examples under the teacher; block_tune needs neither"));
 }
 
 QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOptions& options) {
@@ -92,6 +109,7 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
     problems.add(Error(str("method ", method->name, " moves zero points, and grid \"", weights.name, "\" has none")).at("quantize.method").given(options.method).allowed(str("weights: ", join(names, ", "))).hint("take a grid with an offset, or method: rtn"));
   }
   if (options.basis.untie && options.basis.basis != "hadamard") problems.add(Error(str("untie serves basis hadamard alone, and basis is ", options.basis.basis)).at("quantize.untie").given("true").allowed("false").hint("leave the key out"));
+  check_tuning(config, options, problems);
   problems.throw_if_any("the quantize stage cannot be planned");
 
   Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));

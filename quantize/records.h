@@ -5,8 +5,8 @@
 #include <filesystem>
 
 #include "core/json.h"
-#include "quantize/hessian.h"
 #include "quantize/stage.h"
+#include "train/calibration.h"
 #include "train/state.h"
 
 namespace kompakt {

@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "quantize/grids.h"
-#include "quantize/hessian.h"
+#include "train/calibration.h"
 
 namespace kompakt {
 

@@ -16,21 +16,25 @@
 #include "core/text.h"
 #include "model/paged.h"
 #include "quantize/basis.h"
+#include "quantize/block_tune.h"
 #include "quantize/factors.h"
-#include "quantize/hessian.h"
+#include "quantize/kl_tune.h"
 #include "quantize/layer_report.h"
+#include "quantize/masked.h"
 #include "quantize/methods.h"
 #include "quantize/records.h"
 #include "quantize/tensors.h"
+#include "train/calibration.h"
 #include "train/loop.h"
+#include "train/teacher.h"
 
 namespace kompakt {
 namespace {
 
 class QuantizeRun {
  public:
-  QuantizeRun(Transformer& model, const QuantizeOptions& options, StageContext& context, const QuantizationPlan* plan)
-      : model_(model), options_(options), context_(context), method_(*find_quantization_method(options.method)), started_(std::chrono::steady_clock::now()) {
+  QuantizeRun(Transformer& model, const QuantizeOptions& options, StageContext& context, const QuantizationPlan* plan, const TuningText& text)
+      : model_(model), options_(options), context_(context), text_(text), method_(*find_quantization_method(options.method)), started_(std::chrono::steady_clock::now()) {
     result_.plan = plan ? *plan : plan_quantization(model.config(), options);
     layer_options_ = {options.damping, options.act_order, 128, options.sweep_precision == "float64", options.teacher_target, options.polish_rounds};
     if (method_.name == "trifit") {
@@ -39,20 +43,27 @@ class QuantizeRun {
     }
     if (method_.needs_train && options.train.label_smoothing > 0)
       throw Error("label_smoothing would not be used").at(context.title).given(shortest(options.train.label_smoothing)).hint("write it into quantize.objective: {labels: cross_entropy, label_smoothing: ...}");
+    check_masks(result_.plan, context);
     for (const std::string& sentence : result_.plan.fallbacks) log_warning(str(context.title, ": ", sentence));
   }
 
   QuantizedModel run(const std::vector<std::shared_ptr<Objective>>& objectives) {
     if (method_.needs_train) train_on_grid(objectives);
     at::NoGradGuard no_grad;
+    std::map<std::string, at::Tensor> original;  // float weights, where latents start from them
+    if (options_.tunes_model()) {
+      for (const Linear* linear : model_.linears()) original[linear->name] = is_paged(linear->weight) ? linear->weight.detach().clone() : linear->weight;
+      if (!context_.teacher) own_teacher_ = live_teacher(std::shared_ptr<const Transformer>(model_.clone()));
+    }
     Progress progress(context_.title, static_cast<std::int64_t>(result_.plan.tensors.size()), "tensor");
     progress_ = &progress;
-    if (method_.needs_calibration)
+    if (method_.needs_calibration || options_.tunes_blocks())
       calibrate();
     else
       round_tensors(true);
-    if (options_.layer_table) log_info(layer_table(layers_));
     progress.finish(str(result_.tensors.size(), " tensors, ", human_bytes(static_cast<double>(packed_bytes_))));
+    if (options_.tunes_model()) tune_model(original, objectives);
+    if (options_.layer_table) log_info(layer_table(layers_));
     describe();
     return std::move(result_);
   }
@@ -67,28 +78,38 @@ class QuantizeRun {
   // By rounding: the embedding, the heads and, with `linears`, the linears of blocks.
   void round_tensors(bool linears) {
     for (const QuantizableTensor& tensor : quantizable_tensors(model_)) {
-      const auto planned = result_.plan.tensors.find(tensor.name);
-      if (planned == result_.plan.tensors.end() || (tensor.role == QuantizableRole::linear && !linears)) continue;
-      check_interrupted();
-      const auto start = std::chrono::steady_clock::now();
-      LayerResult layer;
-      try {
-        // Embedding and head by rounding; data-free methods round everything themselves.
-        layer = (method_.needs_calibration ? quantize_rtn : method_.quantize)({tensor.weight->detach(), {}, {}, {}}, planned->second, layer_options_);
-      } catch (Error& error) {
-        throw error.place().empty() ? error.at(tensor.name) : error;
-      }
-      Json row = describe_layer(tensor.name, planned->second, tensor.weight->detach(), layer.quantized);
-      row["seconds"] = seconds_since(start);
-      store(tensor, planned->second, std::move(layer.quantized), std::move(row));
+      if (!result_.plan.tensors.count(tensor.name) || (tensor.role == QuantizableRole::linear && !linears)) continue;
+      round_tensor(tensor);
       if (linears) release_pages(*tensor.weight);
     }
+  }
+
+  at::Tensor mask_of(const std::string& name) const {
+    const auto found = context_.masks.find(name);
+    return found == context_.masks.end() ? at::Tensor() : found->second;
+  }
+
+  void round_tensor(const QuantizableTensor& tensor) {
+    check_interrupted();
+    const auto start = std::chrono::steady_clock::now();
+    const GridSpec& spec = result_.plan.tensors.at(tensor.name);
+    LayerResult layer;
+    try {
+      // Embedding and head by rounding; data-free methods round everything themselves.
+      layer = (method_.needs_calibration ? quantize_rtn : method_.quantize)({tensor.weight->detach(), {}, {}, {}}, spec, layer_options_);
+    } catch (Error& error) {
+      throw error.place().empty() ? error.at(tensor.name) : error;
+    }
+    if (const at::Tensor mask = mask_of(tensor.name); mask.defined()) keep_zeros(spec, mask, layer.quantized);
+    Json row = describe_layer(tensor.name, spec, tensor.weight->detach(), layer.quantized);
+    row["seconds"] = seconds_since(start);
+    store(tensor, spec, std::move(layer.quantized), std::move(row));
   }
 
   void calibrate() {
     const CalibrationSet set = calibration_set(context_, options_.calibration_sequences);
     describe_calibration(set);
-    SequentialCalibration calibration(model_, set, {layer_options_.teacher_target > 0, layer_options_.float64, options_.spill ? context_.work : std::filesystem::path()});
+    SequentialCalibration calibration(model_, set, {.teacher = layer_options_.teacher_target > 0 || options_.tunes_blocks(), .cross = layer_options_.teacher_target > 0, .float64 = layer_options_.float64, .spill = options_.spill ? context_.work : std::filesystem::path()});
     round_tensors(false);
     calibration.start();
     release_pages(model_);
@@ -110,6 +131,7 @@ class QuantizeRun {
       } else {
         const std::size_t first_row = layers_.size();
         for (const BlockPart part : block_parts) quantize_part(calibration, layer, part, original);
+        if (options_.tunes_blocks() && layers_.size() > first_row) tune_one_block(calibration, layer, original, first_row);
         save_block(records, layer, first_row);
       }
       if (layer >= known && layer + 1 < blocks) {
@@ -139,6 +161,10 @@ class QuantizeRun {
     std::vector<Linear*> linears = part_linears(model_.blocks[static_cast<std::size_t>(layer)], part);
     std::erase_if(linears, [&](const Linear* linear) { return !result_.plan.tensors.count(linear->name); });
     if (linears.empty()) return;
+    if (!method_.needs_calibration) {
+      for (const Linear* linear : linears) round_tensor(find_quantizable(model_, linear->name));
+      return;
+    }
     auto start = std::chrono::steady_clock::now();  // the first linear carries the time of the moments
     SecondMoments moments = calibration.moments(layer, part, original);
     const bool correct_bias = options_.bias_correction && std::all_of(linears.begin(), linears.end(), [](const Linear* linear) { return linear->bias.defined(); });
@@ -146,7 +172,7 @@ class QuantizeRun {
     const auto factors = std::make_shared<InputFactors>();
     for (Linear* linear : linears) {
       check_interrupted();
-      const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors};
+      const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors, mask_of(linear->name)};
       const GridSpec& spec = result_.plan.tensors.at(linear->name);
       LayerResult layer_result;
       try {
@@ -154,6 +180,7 @@ class QuantizeRun {
       } catch (Error& error) {
         throw error.place().empty() ? error.at(linear->name) : error;
       }
+      if (input.mask.defined()) keep_zeros(spec, input.mask, layer_result.quantized);
       Json row = describe_layer(linear->name, spec, input.weight, layer_result.quantized);
       describe_output(row, spec, input.weight, layer_result, moments);
       if (const std::string& path = layer_result.path; path.find("cholesky") != 0 || path.find(',') != std::string::npos)
@@ -163,6 +190,41 @@ class QuantizeRun {
       store(find_quantizable(model_, linear->name), spec, std::move(layer_result.quantized), std::move(row));
       start = std::chrono::steady_clock::now();
     }
+  }
+
+  // The block as a whole, from the method's codes. What the rows of its layers tell of outputs stays the method's.
+  void tune_one_block(SequentialCalibration& calibration, std::int64_t layer, const std::map<std::string, at::Tensor>& original, std::size_t first_row) {
+    const auto start = std::chrono::steady_clock::now();
+    calibration.advance_teacher(layer, original);
+    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }};
+    std::map<std::string, at::Tensor> places;  // where the weights lie
+    for (std::size_t i = first_row; i < layers_.size(); ++i) {
+      const std::string name = layers_[i].at("layer");
+      places[name] = model_.find_linear(name)->weight;
+    }
+    const BlockTuneResult tuned = tune_block(model_, layer, calibration.set(), activations, original, result_.plan, options_.block_tune, context_.seed, result_.tensors);
+    calibration.restart_block();
+    for (std::size_t i = first_row; i < layers_.size(); ++i) {
+      const std::string name = layers_[i].at("layer");
+      const GridSpec& spec = result_.plan.tensors.at(name);
+      at::Tensor& weight = model_.find_linear(name)->weight;
+      weight = places.at(name);
+      put_decoded(weight, spec, result_.tensors.at(name));
+      layers_[i]["error"] = describe_layer(name, spec, original.at(name + ".weight"), result_.tensors.at(name)).at("error");
+    }
+    layers_.back()["block"] = Json{{"block", layer}, {"error_before", tuned.before}, {"error_after", tuned.after}, {"best_iteration", tuned.best_iteration}, {"seconds", seconds_since(start)}};
+    progress_->update(static_cast<std::int64_t>(result_.tensors.size()), str("block ", layer, " tuned, squared error ", shortest(tuned.before), " -> ", shortest(tuned.after)));
+  }
+
+  void tune_model(const std::map<std::string, at::Tensor>& original, const std::vector<std::shared_ptr<Objective>>& objectives) {
+    const at::AutoGradMode gradient(true);
+    StageContext inner = context_;
+    inner.work = context_.work / "tune";
+    if (own_teacher_) inner.teacher = own_teacher_.get();
+    tuning_ = kl_tune(model_, result_, original, options_, objectives, text_, inner);
+    if (tuning_.at("winner_step") == 0) return;
+    for (Json& row : layers_)
+      if (const auto found = original.find(row.at("layer").get<std::string>()); found != original.end()) row["error"] = describe_layer(found->first, result_.plan.tensors.at(found->first), found->second, result_.tensors.at(found->first)).at("error");
   }
 
   // b += W m~ - W^ m: the mean error of the outputs, which the codes were chosen without. Root mean square of the change.
@@ -215,6 +277,14 @@ class QuantizeRun {
     if (!context_.details) return;
     Json& details = *context_.details;
     details["method"] = std::string(method_.name);
+    Json blocks = Json::array();
+    for (Json& row : layers_) {
+      if (!row.contains("block")) continue;
+      blocks.push_back(row.at("block"));
+      row.erase("block");
+    }
+    if (!blocks.empty()) details["blocks"] = blocks;
+    if (!tuning_.is_null()) details["tuning"] = tuning_;
     details["layers"] = layers_;
     if (const auto unsteady = std::count_if(layers_.begin(), layers_.end(), halves_disagree); details.contains("calibration")) {
       details["calibration"]["layers_whose_halves_disagree"] = unsteady;
@@ -230,12 +300,14 @@ class QuantizeRun {
   Transformer& model_;
   const QuantizeOptions& options_;
   StageContext& context_;
+  const TuningText& text_;  // empty without tuning of the whole model
   const QuantizationMethod& method_;
   std::chrono::steady_clock::time_point started_;
   LayerOptions layer_options_;
   QuantizedModel result_;
   Progress* progress_ = nullptr;
-  Json layers_ = Json::array();
+  std::unique_ptr<TeacherSource> own_teacher_;
+  Json layers_ = Json::array(), tuning_;
   std::int64_t packed_bytes_ = 0, weights_ = 0;
 };
 
@@ -243,8 +315,24 @@ class QuantizeRun {
 
 QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context, const QuantizationPlan* plan) {
   if (!find_quantization_method(options.method)) plan_quantization(model.config(), options);  // throws with the list of methods
-  if (!plan) change_basis(model, options, objectives, context);  // who made a plan has changed the basis before
-  return QuantizeRun(model, options, context, plan).run(objectives);
+  Problems problems;
+  check_tuning(model.config(), options, problems);
+  problems.throw_if_any("the tuning cannot be done");
+  // What is scored is held out of everything: bases and methods see the rest of the text.
+  StageContext inner = context;
+  TaskData rest;
+  TuningText text;
+  if (options.tunes_model()) {
+    text = tuning_text(context, options.tuning.holdout);
+    rest = *context.data;
+    rest.calibration = text.tuning;
+    inner.data = &rest;
+  }
+  if (!plan) change_basis(model, options, objectives, inner);  // who made a plan has changed the basis before
+  check_zeros(model, context, options.basis.basis);
+  if (!context.masks.empty() && (options.tunes_model() || options.tunes_blocks()))
+    throw Error("tuning would fill weights that an earlier stage has pruned").at(context.title).allowed("method: qad, which keeps them zero while it trains").hint("remove tune and block_tune, or the masks of the stage prune");
+  return QuantizeRun(model, options, inner, plan, text).run(objectives);
 }
 
 }  // namespace kompakt

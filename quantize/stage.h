@@ -27,6 +27,19 @@ struct BlockTuneOptions {
 };
 void fields(FieldVisitor& visitor, BlockTuneOptions& options);
 
+// Last rung: the whole model on its grid, towards the teacher's predictions (quantize/kl_tune.h).
+struct KlTuneOptions {
+  std::int64_t steps = 0;             // 0 = as many as `epochs` make
+  double epochs = 4;                  // passes over the calibration text that is left
+  std::int64_t batch = 8;             // windows a step
+  double learning_rate = 0;           // 0 = the mode's own
+  double margin = 0.3;                // tune: weights; of the latents at the start, in codes
+  std::int64_t evaluations = 6;       // checkpoints scored on held-out text
+  std::int64_t patience = 3;          // of them without a better one
+  double holdout = 0.05;              // share of the calibration text
+};
+void fields(FieldVisitor& visitor, KlTuneOptions& options);
+
 struct QuantizeOptions {
   std::string weights = "int4";     // grid of all linears in blocks
   std::int64_t group = -1;          // -1 = the grid's own
@@ -51,10 +64,18 @@ struct QuantizeOptions {
   bool bias_correction = true;              // a bias takes the mean error of its layer's outputs
   bool spill = false;                       // activations of the calibration set in the working folder instead of in memory
   bool layer_table = false;                 // print the table of layers at the end
+  // tuning by gradients, on the grid
+  bool has_block_tune = false;
+  BlockTuneOptions block_tune;
+  std::string tune = "none";                // row of the table of tune modes: none | scales | weights
+  bool has_tuning = false;
+  KlTuneOptions tuning;
+  bool tunes_blocks() const { return has_block_tune && block_tune.iterations > 0; }
+  bool tunes_model() const { return tune != "none"; }
   // qad
   double warmup_strength = 0;           // share of the steps over which quantization fades in
   TrainOptions train;
-  Node objective;                   // as in distill; default: labels 0.2, forward_kl T=2
+  Node objective;                   // of method qad and of tune, as in distill
 };
 void fields(FieldVisitor& visitor, QuantizeOptions& options);
 
@@ -63,6 +84,8 @@ struct QuantizationPlan {
   std::map<std::string, GridSpec> tensors;  // absent = float
   std::vector<std::string> fallbacks;       // sentences for the report
 };
+// Tuning that the options ask for and that the model, the method or a grid named in them cannot have.
+void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
 // `config`: the shape before the change of basis.
 QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOptions& options);
 
@@ -77,7 +100,8 @@ struct QuantizedModel {
 std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan, double warmup = 0);
 
 // Puts decoded weights into `model` (so that it computes what will be deployed) and returns codes and scales.
-// The objective list for method qad is built by the pipeline from options.objective and handed in.
+// The objective list for method qad and for tune is built by the pipeline from options.objective and handed in. tune without a
+// teacher in the context takes the float model that comes in.
 // `plan`: which tensor takes which grid, where that is not plan_quantization's choice (a byte budget).
 QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context,
                         const QuantizationPlan* plan = nullptr);

@@ -28,18 +28,6 @@ std::vector<QuantizableTensor> quantizable_tensors(Transformer& model) {
   return out;
 }
 
-std::vector<NamedParameter> block_parameters(Block& block) {
-  std::vector<NamedParameter> out;
-  const auto add = [&](auto& part) {
-    if (!part.weight.defined()) return;
-    out.push_back({part.name + ".weight", &part.weight});
-    if (part.bias.defined()) out.push_back({part.name + ".bias", &part.bias});
-  };
-  for (Linear* linear : {&block.attention.query, &block.attention.key, &block.attention.value, &block.attention.output, &block.mlp.gate, &block.mlp.up, &block.mlp.down}) add(*linear);
-  for (Norm* norm : {&block.attention_norm, &block.mlp_norm, &block.post_attention_norm, &block.post_mlp_norm, &block.attention.query_norm, &block.attention.key_norm}) add(*norm);
-  return out;
-}
-
 Quantized rows_of(const Quantized& quantized, std::int64_t first, std::int64_t end) {
   return {quantized.codes.slice(0, first, end), quantized.scales.slice(0, first, end), quantized.offsets.defined() ? quantized.offsets.slice(0, first, end) : at::Tensor()};
 }

@@ -21,8 +21,6 @@ struct QuantizableTensor {
 };
 
 std::vector<QuantizableTensor> quantizable_tensors(Transformer& model);
-// Every parameter of a block: weights and biases of its linears, its norms.
-std::vector<NamedParameter> block_parameters(Block& block);
 Quantized rows_of(const Quantized& quantized, std::int64_t first, std::int64_t end);  // views
 // std::logic_error when the model has no such matrix: plans are made from the model's own names.
 QuantizableTensor find_quantizable(Transformer& model, const std::string& name);

@@ -34,6 +34,7 @@ std::string svg_lines(const std::vector<Series>& series, const std::string& x_ti
 std::string html_curves(const Json& report);
 std::string html_layers(const Json& report);
 std::string html_budget(const Json& report);
+std::string html_tuning(const Json& report);
 std::string html_removed(const Json& report);
 std::string html_classes(const Json& report);
 std::string html_predictions(const Json& report);

@@ -7,6 +7,7 @@
 #include "report/budget.h"
 #include "report/html.h"
 #include "report/metrics.h"
+#include "report/tuning.h"
 #include "report/verdict.h"
 
 namespace kompakt {
@@ -25,6 +26,18 @@ std::string details_bar(double share, const std::string& text, const char* kind 
 std::string details_section(const std::string& id, const std::string& title, const std::string& lead, const std::string& body) {
   if (body.empty()) return {};
   return str("<section id=\"", id, "\"><h2>", title, "</h2>\n", lead.empty() ? "" : str("<p class=\"lead\">", lead, "</p>\n"), body, "</section>\n");
+}
+
+std::string details_table(const std::vector<std::string>& header, const std::vector<std::vector<std::string>>& rows) {
+  std::string text = "<div class=\"scroll\"><table><thead><tr>";
+  for (const std::string& cell : header) text += str("<th>", html_escape(cell), "</th>");
+  text += "</tr></thead><tbody>\n";
+  for (const auto& row : rows) {
+    text += "<tr>";
+    for (const std::string& cell : row) text += str("<td>", html_escape(cell), "</td>");
+    text += "</tr>\n";
+  }
+  return text + "</tbody></table></div>";
 }
 
 // Steps, totals and parts of [[step, total, {part: value}], ...]; rows of another shape are left out.
@@ -98,17 +111,6 @@ std::string html_layers(const Json& report) {
 }
 
 std::string html_budget(const Json& report) {
-  const auto table = [](const std::vector<std::string>& header, const std::vector<std::vector<std::string>>& rows) {
-    std::string text = "<div class=\"scroll\"><table><thead><tr>";
-    for (const std::string& cell : header) text += str("<th>", html_escape(cell), "</th>");
-    text += "</tr></thead><tbody>\n";
-    for (const auto& row : rows) {
-      text += "<tr>";
-      for (const std::string& cell : row) text += str("<td>", html_escape(cell), "</td>");
-      text += "</tr>\n";
-    }
-    return text + "</tbody></table></div>";
-  };
   std::string body;
   for (const BudgetView& view : budget_views(report)) {
     body += str("<h3>", html_escape(view.stage), "</h3>");
@@ -118,10 +120,22 @@ std::string html_budget(const Json& report) {
       if (bytes > 0) points.push_back({"", bytes, divergence, {}, {}, "stage"});
     const std::string chart = points.size() > 1 ? svg_scatter(points, "bytes of the file", "predicted divergence", false) : std::string();
     if (!chart.empty()) body += str("<figure><figcaption>predicted divergence against size</figcaption>", chart, "</figure>\n");
-    body += table(view.curve_header, view.curve);
-    body += str("<details><summary>formats <small>", view.formats.size(), " tensors</small></summary>", table(view.format_header, view.formats), "</details>\n");
+    body += details_table(view.curve_header, view.curve);
+    body += str("<details><summary>formats <small>", view.formats.size(), " tensors</small></summary>", details_table(view.format_header, view.formats), "</details>\n");
   }
   return details_section("budget", "Byte budget", "Formats that were chosen for a size of the whole file, and what other sizes would give.", body);
+}
+
+std::string html_tuning(const Json& report) {
+  std::string body;
+  for (const TuningView& view : tuning_views(report)) {
+    body += str("<h3>", html_escape(view.stage), "</h3>");
+    for (const std::string& line : view.lines) body += str("<p>", html_escape(line), "</p>\n");
+    const std::string chart = view.points.size() > 1 ? svg_lines({{"held out", view.points}}, "step", "KL to the teacher") : std::string();
+    if (!chart.empty()) body += str("<figure><figcaption>divergence on held-out text; step 0 is the untuned model</figcaption>", chart, "</figure>\n");
+    if (!view.candidates.empty()) body += details_table(view.header, view.candidates);
+  }
+  return details_section("tuning", "Tuning on the grid", "Which candidate was kept, by text that nothing else has seen.", body);
 }
 
 std::string html_removed(const Json& report) {

@@ -1,6 +1,7 @@
 // report.md: for pull requests and mails. Text from outside is escaped for Markdown and for the HTML inside it.
 #include "core/text.h"
 #include "report/budget.h"
+#include "report/tuning.h"
 #include "report/gates.h"
 #include "report/metrics.h"
 #include "report/report.h"
@@ -79,6 +80,12 @@ std::string report_markdown(const Json& report) {
     text += markdown_list(str("Byte budget of ", view.stage), view.lines);
     text += str("\n", markdown_row(view.curve_header), "|--:|--:|--:|---|\n");
     for (const auto& row : view.curve) text += markdown_row(row);
+  }
+  for (const TuningView& view : tuning_views(report)) {
+    text += markdown_list(str("Tuning of ", view.stage), view.lines);
+    if (view.candidates.empty()) continue;
+    text += str("\n", markdown_row(view.header), "|---|--:|--:|---|\n");
+    for (const auto& row : view.candidates) text += markdown_row(row);
   }
   text += markdown_list("Not measured", not_measured(report));
   text += markdown_list("Warnings", markdown_texts(report.at("warnings")));

@@ -44,6 +44,20 @@ def adaptive(p, q):
     return w * kl(p, q) + (1 - w) * kl(q, p)
 
 
+def positive(x):  # analytic continuation of max(0, x)
+    return x * (x.real > 0)
+
+
+def ranking(student, teacher, top, margin):
+    """Pairs of the teacher's likeliest tokens, one by one."""
+    values = []
+    for s, t in zip(student, teacher):
+        best = sorted(range(len(t)), key=lambda i: -t[i].real)[:top]
+        pairs = [(i, j) for a, i in enumerate(best) for j in best[a + 1:]]
+        values.append(sum(positive(min(t[i].real - t[j].real, margin) - (s[i] - s[j])) for i, j in pairs) / len(pairs))
+    return np.array(values)
+
+
 LOSSES = {
     "forward_kl": lambda p, q, o: kl(p, q),
     "reverse_kl": lambda p, q, o: kl(q, p),
@@ -75,7 +89,7 @@ def logit_cases():
         student, teacher = rng.normal(size=(n, v)) * 2, rng.normal(size=(n, v)) * 2
         mask = np.ones(n)
         mask[1] = 0
-        options = {"temperature": temperature, "beta": beta, "lambda": lam}
+        options = {"temperature": temperature, "beta": beta, "lambda": lam, "top": 4, "margin": 0.8}
         p = softmax(teacher.astype(complex) / temperature)
         results = {}
         for name, function in LOSSES.items():
@@ -83,6 +97,8 @@ def logit_cases():
             results[name] = {"value": loss(student.astype(complex)).real, "gradient": gradient(loss, student)}
         loss = lambda s: ((s - teacher) ** 2).mean(-1)[mask > 0].mean()  # noqa: B023
         results["logits_mse"] = {"value": loss(student.astype(complex)).real, "gradient": gradient(loss, student)}
+        loss = lambda s: (ranking(s / temperature, teacher / temperature, 4, 0.8) * mask).sum() / mask.sum() * temperature**2  # noqa: B023
+        results["ranking"] = {"value": loss(student.astype(complex)).real, "gradient": gradient(loss, student)}
         cases.append({"n": n, "v": v, "student": flat(student), "teacher": flat(teacher), "mask": [int(m) for m in mask], "options": options, "results": results})
     return cases
 
@@ -143,9 +159,58 @@ def relation_case():
     return out
 
 
+def sparse_case():
+    """A teacher known by its 3 likeliest tokens and two draws from the rest: the mean over all draws, weighted by their probability."""
+    v, known, lam = 7, 3, 0.25
+    student, teacher = rng.normal(size=v) * 1.5, rng.normal(size=v) * 1.5
+    p = softmax(teacher)
+    best = np.argsort(-p, kind="stable")[:known]
+    rest = np.setdiff1d(np.arange(v), best)
+    coarse = lambda x: np.concatenate([x[best], [x[rest].sum()]])
+    q = lambda s: softmax(s.astype(complex))
+    losses = {
+        "reverse_kl": lambda s: kl(coarse(q(s)), coarse(p)),
+        "skew_forward_kl": lambda s: kl(coarse(p), lam * coarse(p) + (1 - lam) * coarse(q(s))),
+        "total_variation": lambda s: 0.5 * absolute(coarse(p) - coarse(q(s))).sum(-1),
+        "full": lambda s: kl(p, q(s)),
+        "partition": lambda s: kl(coarse(p), coarse(q(s))),
+    }
+    out = {"student": flat(student), "teacher": flat(teacher), "best": best.tolist(), "rest": rest.tolist(), "lambda": lam}
+    for name, loss in losses.items():
+        out[name] = {"value": float(np.real(loss(student))), "gradient": gradient(loss, student)}
+    return out
+
+
+def embedding_case():
+    b, ds, dt, temperature = 4, 3, 5, 0.3
+    student, teacher, projection = rng.normal(size=(b, ds)), rng.normal(size=(b, dt)), rng.normal(size=(ds, dt))
+    unit = lambda x: x / np.sqrt((x * x).sum(-1, keepdims=True))
+
+    def contrastive(s, w):
+        total = 0
+        for i in range(b):
+            near = np.array([unit(s @ w)[i] @ unit(teacher)[j] for j in range(b)])
+            total = total + kl(softmax(np.array([unit(teacher)[i] @ unit(teacher)[j] for j in range(b)]) / temperature), softmax(near / temperature))
+        return total / b
+
+    def similarity(s):
+        total = 0
+        for i in range(b):
+            others = [j for j in range(b) if j != i]
+            total = total + kl(softmax(np.array([unit(teacher)[i] @ unit(teacher)[j] for j in others]) / temperature), softmax(np.array([unit(s)[i] @ unit(s)[j] for j in others]) / temperature))
+        return total / b
+
+    return {
+        "b": b, "ds": ds, "dt": dt, "temperature": temperature, "student": flat(student), "teacher": flat(teacher), "projection": flat(projection),
+        "contrastive": {"value": float(np.real(contrastive(student, projection))), "gradient": gradient(lambda s: contrastive(s, projection), student),
+                        "projection_gradient": gradient(lambda w: contrastive(student, w), projection)},
+        "similarity": {"value": float(np.real(similarity(student))), "gradient": gradient(similarity, student)},
+    }
+
+
 def main():
     path = pathlib.Path(__file__).resolve().parent.parent / "tests" / "goldens" / "distill.json"
-    path.write_text(json.dumps({"logits": logit_cases(), "hidden": hidden_case(), "relation": relation_case()}, indent=1) + "\n")
+    path.write_text(json.dumps({"logits": logit_cases(), "hidden": hidden_case(), "relation": relation_case(), "sparse": sparse_case(), "embedding": embedding_case()}, indent=1) + "\n")
     print(f"wrote {path} ({path.stat().st_size} bytes)")
 
 

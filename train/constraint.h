@@ -18,8 +18,9 @@ class Constraint {
   virtual void detach(Transformer& model) = 0;                   // removes them; masters keep their values
   virtual void before_forward(Transformer& model, std::int64_t step, std::int64_t steps) { (void)model, (void)step, (void)steps; }
   virtual void after_step(Transformer& model) { (void)model; }   // e.g. set pruned weights to zero again
-  // Extra trainable tensors (learned scales): trained at learning_rate without decay, saved with the state.
+  // Extra trainable tensors (learned scales): trained at learning_rate x parameter_rate() without decay, saved with the state.
   virtual std::vector<std::pair<std::string, at::Tensor>> parameters() { return {}; }
+  virtual double parameter_rate() const { return 1; }
 };
 
 }  // namespace kompakt

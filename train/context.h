@@ -1,10 +1,12 @@
 // What the pipeline hands to every stage.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -29,6 +31,9 @@ struct TaskData {
   std::string hash;                                    // over everything above
 };
 
+// Which weights an earlier stage set to zero for good: name of the Linear -> [out, in] bool, true = stays.
+using WeightMasks = std::map<std::string, at::Tensor>;
+
 struct StageContext {
   std::string title;              // "02-distill", for progress and metrics
   std::filesystem::path work;     // scratch of this stage; survives a kill, removed when the stage is done
@@ -38,6 +43,7 @@ struct StageContext {
   const TaskData* data = nullptr;
   TeacherSource* teacher = nullptr;  // null when the run has none
   std::vector<std::int64_t> layer_map;  // student layer -> teacher layer whose output it follows; kept from stage to stage
+  WeightMasks masks;             // in and out, kept from stage to stage: train() and the stage quantize leave these weights zero
   Json* details = nullptr;           // the stage's part of the report: loss_curve, layers, removed, ...
 };
 

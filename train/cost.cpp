@@ -75,7 +75,8 @@ TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, s
   TrainCost cost;
   // The backward pass costs two forwards: gradients of the inputs and of the weights. A frozen block saves the second, and the
   // first too where nothing before it trains.
-  cost.flops = tokens * (3 * forward.total() - static_cast<double>(frozen) * forward.block - static_cast<double>(below) * (forward.block + 2 * forward.attention));
+  // Recomputation adds a forward.
+  cost.flops = tokens * ((options.recompute ? 4 : 3) * forward.total() - static_cast<double>(frozen) * forward.block - static_cast<double>(below) * (forward.block + 2 * forward.attention));
   // The teacher of a classifier runs once over the examples (cache), that of text at every step.
   if (teacher) cost.flops += cost_forward(*teacher, sequence).total() * (classifier ? rows * sequence : tokens);
 
@@ -90,7 +91,9 @@ TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, s
   double bytes = process_bytes + 4 * (blocks + embedding);                         // weights
   bytes += 4 * trained * 3;                                                        // gradients, two moments
   bytes += 4 * trained;                                                            // copies while compacted, state being written
-  bytes += 4 * batch_tokens * cost_kept_floats(config) * static_cast<double>(config.layers - below) * 1.25;  // graph and its gradients in flight
+  // Graph and its gradients in flight: all layers, or one and the inputs of all.
+  const double kept = options.recompute ? cost_kept_floats(config) + static_cast<double>(config.hidden * (config.layers - below)) : cost_kept_floats(config) * static_cast<double>(config.layers - below);
+  bytes += 4 * batch_tokens * kept * 1.25;
   if (!classifier) bytes += 2.0 * 64 * 1024 * 1024 + 4 * head;                     // two chunks of logits, gradient of the head
   cost.memory_bytes = static_cast<std::int64_t>(bytes);
   return cost;

@@ -19,6 +19,9 @@
 #include "model/checkpoint.h"
 #include "train/clip.h"
 #include "train/dev_score.h"
+#include "train/ema.h"
+#include "train/lora.h"
+#include "train/mask.h"
 #include "train/optimizer.h"
 #include "train/precision.h"
 #include "train/schedule.h"
@@ -46,10 +49,11 @@ void loop_keep_memory() {
 // Everything that training changes about a model besides its weights, undone in reverse order on every way out.
 class Attachment {
  public:
-  Attachment(Transformer& model, const std::vector<std::shared_ptr<Constraint>>& constraints, const at::Tensor& used_ids, double dropout)
+  Attachment(Transformer& model, const std::vector<std::shared_ptr<Constraint>>& constraints, const at::Tensor& used_ids, double dropout, bool recompute)
       : model_(model), constraints_(constraints), dropout_(model.dropout) {
     if (used_ids.defined()) model_.tokens.compact(used_ids);
     model_.dropout = dropout;
+    model_.recompute_blocks = recompute;
     try {
       for (; attached_ < constraints_.size(); ++attached_) constraints_[attached_]->attach(model_);
     } catch (...) {
@@ -74,6 +78,7 @@ class Attachment {
     model_.requires_grad(false);
     if (model_.tokens.compacted()) model_.tokens.expand();
     model_.dropout = dropout_;
+    model_.recompute_blocks = false;
   }
 
  private:
@@ -97,8 +102,9 @@ at::Tensor loop_used_ids(const TaskData& data) {
 
 class TrainingRun {
  public:
-  TrainingRun(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context)
-      : model_(model), options_(options), objectives_(objectives), constraints_(constraints), context_(context), data_(check_data()),
+  TrainingRun(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context,
+              TrainMonitor* monitor)
+      : model_(model), options_(options), objectives_(objectives), constraints_(constraints), context_(context), monitor_(monitor), data_(check_data()),
         schedule_(find_schedule(options.schedule)), bf16_(use_bf16(options.precision, context.device)), classification_(data_.kind == TaskData::Kind::classification) {
     if (objectives_.empty()) throw std::logic_error("train: no objective");
     loop_keep_memory();
@@ -123,33 +129,41 @@ class TrainingRun {
     identity_ = identity();
     if (needs_teacher_) context_.teacher->prepare(teacher_taps_);
 
-    Attachment attachment(model_, constraints_, loop_used_ids(data_), options_.dropout);
+    Attachment attachment(model_, constraints_, loop_used_ids(data_), options_.dropout, options_.recompute);
     AdamW optimizer(all_parameters(), options_.beta1, options_.beta2, options_.epsilon);
     optimizer_ = &optimizer;
+    EmaWeights ema(weights(), options_.ema);
+    ema_ = &ema;
     const Json saved = restore();
     Telemetry telemetry(context_.title, steps_, saved.is_null() ? Json() : saved.at("telemetry"));
     telemetry_ = &telemetry;
     if (bf16_) log_info(context_.title + ": bfloat16 autocast over float32 weights");
 
-    while (step_ < steps_) {
+    while (step_ < steps_ && !enough()) {
       one_step(batches.micro_batches(step_));
       ++step_;
-      if (batches.ends_epoch(step_ - 1)) score_epoch(batches);
+      if (batches.ends_epoch(step_ - 1) || (options_.evaluate_every_steps > 0 && step_ % options_.evaluate_every_steps == 0)) score_epoch(batches);
+      if (monitor_) monitor_->after_step(model_, step_, steps_);
       const bool stop = interrupted();
-      if (stop || step_ == steps_ || step_ % options_.save_every_steps == 0) save();
-      if (stop && step_ < steps_) check_interrupted();
+      if (stop || step_ == steps_ || enough() || step_ % options_.save_every_steps == 0) save();
+      if (stop && step_ < steps_ && !enough()) check_interrupted();
     }
-    if (options_.keep == "best" && best_step_ > 0 && best_step_ != steps_) load_state(best_file(), weights());
+    if (enough() && step_ < steps_) log_info(str(context_.title, ": stopped after step ", step_, " of ", steps_, ": the best held-out score was that of step ", best_step_));
+    if (options_.keep == "best" && best_step_ > 0) {
+      if (best_step_ != step_ || ema.active()) load_state(best_file(), weights());
+    } else if (ema.active()) {
+      ema.swap();
+    }
     telemetry.finish();
     if (context_.details) {
       (*context_.details)["loss_curve"] = telemetry.loss_curve();
       (*context_.details)["dev_curve"] = telemetry.dev_curve();
-      (*context_.details)["steps"] = steps_;
+      (*context_.details)["steps"] = step_;
       (*context_.details)["precision"] = bf16_ ? "bf16" : "float32";
     }
     attachment.undo();
     const bool best = options_.keep == "best" && best_step_ > 0;
-    return {steps_, last_loss_, best ? best_score_ : last_score_, telemetry.seconds()};
+    return {step_, last_loss_, best ? best_score_ : last_score_, telemetry.seconds()};
   }
 
  private:
@@ -195,15 +209,15 @@ class TrainingRun {
 
   std::vector<TrainableParameter> all_parameters() {
     std::vector<TrainableParameter> out = trainable_parameters(model_, options_);
-    const auto add = [&](const std::string& owner, const std::vector<std::pair<std::string, at::Tensor>>& extra) {
+    const auto add = [&](const std::string& owner, const std::vector<std::pair<std::string, at::Tensor>>& extra, double rate) {
       for (const auto& [name, value] : extra) {
         at::Tensor handle = value;
         handle.requires_grad_(true);
-        out.push_back({owner + name, handle, options_.learning_rate, 0});
+        out.push_back({owner + name, handle, options_.learning_rate * rate, 0});
       }
     };
-    for (std::size_t i = 0; i < objectives_.size(); ++i) add(str("objective.", i, "."), objectives_[i]->parameters());
-    for (std::size_t i = 0; i < constraints_.size(); ++i) add(str("constraint.", i, "."), constraints_[i]->parameters());
+    for (std::size_t i = 0; i < objectives_.size(); ++i) add(str("objective.", i, "."), objectives_[i]->parameters(), 1);
+    for (std::size_t i = 0; i < constraints_.size(); ++i) add(str("constraint.", i, "."), constraints_[i]->parameters(), constraints_[i]->parameter_rate());
     return out;
   }
 
@@ -216,12 +230,18 @@ class TrainingRun {
   std::filesystem::path state_file() const { return context_.work / "state.safetensors"; }
   std::filesystem::path best_file() const { return context_.work / str("best-", best_step_, ".safetensors"); }
 
-  void save() const {
+  NamedTensors state_tensors() const {
     NamedTensors tensors = weights();
     for (auto& entry : optimizer_->state()) tensors.push_back(std::move(entry));
+    for (auto& entry : ema_->state()) tensors.push_back(std::move(entry));
+    return tensors;
+  }
+
+  void save() const {
     const auto number = [](double value) { return std::isnan(value) ? Json() : Json(value); };
-    save_state(state_file(), tensors, {{"identity", identity_}, {"step", step_}, {"last_loss", last_loss_}, {"last_score", number(last_score_)},
-                                       {"best_step", best_step_}, {"best_score", number(best_score_)}, {"telemetry", telemetry_->save()}});
+    save_state(state_file(), state_tensors(), {{"identity", identity_}, {"step", step_}, {"last_loss", last_loss_}, {"last_score", number(last_score_)},
+                                       {"best_step", best_step_}, {"best_score", number(best_score_)}, {"stale", stale_}, {"telemetry", telemetry_->save()},
+                                               {"monitor", monitor_ ? monitor_->save() : Json()}});
     for (const auto& entry : std::filesystem::directory_iterator(context_.work)) {  // only what the new state points to is needed
       if (starts_with(entry.path().filename().string(), "best-") && entry.path() != best_file()) std::filesystem::remove(entry.path());
     }
@@ -234,29 +254,65 @@ class TrainingRun {
     const Json saved = read_state_json(state_file());
     if (saved.is_null()) return nullptr;
     check_identity(saved.at("identity"), identity_, state_file());
-    NamedTensors tensors = weights();
-    for (auto& entry : optimizer_->state()) tensors.push_back(std::move(entry));
-    load_state(state_file(), tensors);
+    load_state(state_file(), state_tensors());
     const auto number = [](const Json& json) { return json.is_null() ? std::numeric_limits<double>::quiet_NaN() : json.get<double>(); };
     step_ = saved.at("step").get<std::int64_t>();
     last_loss_ = number(saved.at("last_loss"));
     last_score_ = number(saved.at("last_score"));
     best_step_ = saved.at("best_step").get<std::int64_t>();
     best_score_ = number(saved.at("best_score"));
+    stale_ = saved.at("stale").get<std::int64_t>();
+    if (monitor_) monitor_->restore(saved.at("monitor"));
     log_info(str(context_.title, ": going on after step ", step_, " of ", steps_));
     return saved;
   }
 
   void score_epoch(const StepBatches& batches) {
-    AutocastGuard autocast(context_.device, bf16_);
-    last_score_ = dev_score(model_, data_);
-    if (std::isnan(last_score_)) return;
+    ema_->swap();
+    last_score_ = held_out_score();
+    if (!std::isnan(last_score_)) keep_score(batches);
+    ema_->swap();
+  }
+
+  void keep_score(const StepBatches& batches) {
     telemetry_->dev(static_cast<double>(step_) / static_cast<double>(batches.steps_per_epoch()), step_, last_score_);
-    if (options_.keep == "best" && (best_step_ == 0 || last_score_ > best_score_)) {
-      best_score_ = last_score_;
-      best_step_ = step_;
-      save_state(best_file(), weights(), Json::object());
+    ++stale_;
+    if (best_step_ > 0 && !(last_score_ > best_score_)) return;
+    best_score_ = last_score_;
+    best_step_ = step_;
+    stale_ = 0;
+    if (options_.keep == "best") save_state(best_file(), weights(), Json::object());
+  }
+
+  bool enough() const { return (monitor_ && monitor_->enough()) || (options_.stop_after > 0 && stale_ >= options_.stop_after); }
+
+  // Of text: minus the held-out mean of the part that an objective marks as score (KL to the teacher) where there is one.
+  double held_out_score() {
+    const at::NoGradGuard no_grad;
+    if (classification_ || !needs_teacher_) return plain_score();
+    double total = 0, count = 0;
+    for (std::size_t i = 0; i < data_.heldout.size(); ++i) {
+      TokenBatch batch;
+      batch.ids = data_.heldout[i];
+      batch.rows = 1, batch.columns = static_cast<std::int64_t>(batch.ids.size());
+      batch.lengths = {batch.columns};
+      batch.examples = {-1 - static_cast<std::int64_t>(i)};  // no row of the training text
+      if (batch.columns < 2) continue;
+      if (!context_.teacher->takes(batch.columns)) return plain_score();
+      std::vector<LossPart> parts;
+      micro_loss(batch, parts);
+      const auto part = std::find_if(parts.begin(), parts.end(), [](const LossPart& p) { return p.score; });
+      if (part == parts.end()) return plain_score();
+      const auto targets = static_cast<double>(count_targets(batch));
+      total += part->value.item<double>() * targets;
+      count += targets;
     }
+    return count > 0 ? -total / count : std::numeric_limits<double>::quiet_NaN();
+  }
+
+  double plain_score() const {
+    const AutocastGuard autocast(context_.device, bf16_);
+    return dev_score(model_, data_);
   }
 
   at::Tensor micro_loss(const TokenBatch& batch, std::vector<LossPart>& parts) {
@@ -334,6 +390,7 @@ class TrainingRun {
     const double factor = schedule_factor(schedule_, step_, steps_, options_.warmup, options_.final_ratio);
     optimizer_->step(factor, divisor == 1 ? at::Tensor() : at::full({}, divisor, at::TensorOptions().dtype(at::kFloat).device(context_.device)));
     for (const auto& constraint : constraints_) constraint->after_step(model_);
+    ema_->update(step_ + 1);
     record.learning_rate = options_.learning_rate * factor;
     last_loss_ = record.loss;
     telemetry_->step(record);
@@ -364,24 +421,35 @@ class TrainingRun {
   const std::vector<std::shared_ptr<Objective>>& objectives_;
   const std::vector<std::shared_ptr<Constraint>>& constraints_;
   StageContext& context_;
+  TrainMonitor* const monitor_;
   const TaskData& data_;
   const Schedule& schedule_;
   const bool bf16_, classification_;
   bool needs_teacher_ = false, needs_logits_ = false;
   std::set<std::string> student_taps_, teacher_taps_;
   AdamW* optimizer_ = nullptr;      // live in run()
+  EmaWeights* ema_ = nullptr;
   Telemetry* telemetry_ = nullptr;
   Json identity_;
   std::int64_t steps_ = 0, step_ = 0;  // step_: done
   double last_loss_ = 0, last_score_ = std::numeric_limits<double>::quiet_NaN(), best_score_ = std::numeric_limits<double>::quiet_NaN();
   std::int64_t best_step_ = 0;  // 0 = none yet
+  std::int64_t stale_ = 0;      // scores since the best
 };
 
 }  // namespace
 
 TrainResult train(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives,
-                  const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context) {
-  return TrainingRun(model, options, objectives, constraints, context).run();
+                  const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context, TrainMonitor* monitor) {
+  if (options.stop_after > 0 && context.data && context.data->heldout.empty() && context.data->dev.ids.empty())
+    throw Error("stop_after needs held-out data").at(context.title).hint("give data.heldout (text) or data.dev (classes)");
+  std::vector<std::shared_ptr<Constraint>> all;
+  if (!context.masks.empty()) all.push_back(mask_constraint(context.masks));  // first: fake quantization rounds what it leaves
+  all.insert(all.end(), constraints.begin(), constraints.end());
+  if (!options.has_lora) return TrainingRun(model, options, objectives, all, context, monitor).run();
+  if (!all.empty()) throw Error("lora trains adapters beside the weights, and this stage trains under constraints on the weights themselves").at(context.title).given(all.front()->name()).hint("remove lora from this stage");
+  const std::vector<std::shared_ptr<Constraint>> adapters{std::make_shared<LoraAdapters>(options.lora, context.seed)};
+  return TrainingRun(model, options, objectives, adapters, context, monitor).run();
 }
 
 }  // namespace kompakt

@@ -6,6 +6,7 @@
 
 #include "train/constraint.h"
 #include "train/context.h"
+#include "train/monitor.h"
 #include "train/objective.h"
 #include "train/options.h"
 
@@ -22,9 +23,11 @@ struct TrainResult {
 // save_every_steps and on SIGINT/SIGTERM (then throws with exit code 130/143). Everything random is a function of
 // (seed, step), so a resumed run gives the bytes of an unbroken one on the same machine and thread count.
 // A loss that is NaN or infinite stops with an Error and leaves the batch in work/bad_batch.json.
+// Weights that context.masks holds at zero stay exactly zero, beside what `constraints` ask for.
 // Writes context.details["loss_curve"] and ["dev_curve"], and metrics events. One work folder serves one call: a stage that trains twice gives each its own.
+// `monitor` (may be null) is asked after every step; what it remembers is saved with the state.
 TrainResult train(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives,
-                  const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context);
+                  const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context, TrainMonitor* monitor = nullptr);
 
 // The stage `finetune`: labels as objective. A classifier head is added and, for the first stage, filled from class centroids.
 struct FinetuneOptions {

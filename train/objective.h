@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <set>
@@ -17,9 +18,23 @@
 
 namespace kompakt {
 
+// A teacher's next-token distribution in short: its likeliest tokens, what is left, and draws from what is left.
+struct SparseTargets {
+  at::Tensor ids;                // [.., k] int64, different from each other
+  at::Tensor log_p;              // [.., k] float32
+  at::Tensor log_rest;           // [..] float32: log-probability of all other tokens together
+  at::Tensor draws;              // [.., N] int64: drawn from the rest, the first half independent of the second; N = 0: none
+  at::Tensor draw_log_p;         // [.., N] float32: log-probability of the drawn token within the rest
+  std::int64_t vocabulary = 0;   // of the teacher
+};
+
+// One of the three: logits; hidden states and the head that makes logits of them; the distribution in short.
 struct TeacherTargets {
   at::Tensor logits;                       // [B,C] or [B,T,V] float32
   std::map<std::string, at::Tensor> taps;  // same names and shapes as the student's taps, teacher width
+  at::Tensor hidden;                       // [B,T,d] what the head sees: with it tokens x vocabulary need not exist
+  at::Tensor head_weight, head_bias;       // [V,d]; [V] or undefined
+  SparseTargets sparse;                    // ids [B,T,k] and so on
 };
 
 // Where teacher outputs come from: a live model or a cache. Same example, same values, whatever the batch.
@@ -29,6 +44,7 @@ class TeacherSource {
   // Called once before training with the taps that objectives need; may do all the work (cache).
   virtual void prepare(const std::set<std::string>& taps) = 0;
   virtual TeacherTargets targets(const TokenBatch& batch) = 0;
+  virtual bool takes(std::int64_t columns) const { (void)columns; return true; }  // false: no targets for rows of this length
   virtual const ModelConfig& config() const = 0;
   virtual std::string fingerprint() const = 0;  // weights + tokenizer + data
 };
@@ -46,6 +62,7 @@ struct ObjectiveInput {
 struct LossPart {
   std::string name;  // "forward_kl", "cross_entropy"
   at::Tensor value;  // scalar, not yet weighted, detached by the loop for logging
+  bool score = false;  // of text: its held-out mean decides which weights are best (less is better), instead of that of the labels' loss
 };
 
 class Objective {

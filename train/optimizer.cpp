@@ -54,16 +54,18 @@ std::vector<TrainableParameter> trainable_parameters(Transformer& model, const T
 
   std::vector<TrainableParameter> out;
   for (const NamedParameter& parameter : all) {
-    const bool frozen = std::any_of(options.freeze.begin(), options.freeze.end(), [&](const std::string& pattern) { return matches_pattern(parameter.name, pattern); });
+    const bool classifier = parameter.value == &model.classifier.weight || parameter.value == &model.classifier.bias;
+    const bool frozen = (options.has_lora && !classifier) || std::any_of(options.freeze.begin(), options.freeze.end(), [&](const std::string& pattern) { return matches_pattern(parameter.name, pattern); });
     parameter.value->requires_grad_(!frozen);
     if (frozen) continue;
     TrainableParameter row{parameter.name, *parameter.value, options.learning_rate, 0};
-    if (parameter.value == &model.classifier.weight || parameter.value == &model.classifier.bias) row.learning_rate = rate_or_default(options.head_learning_rate);
+    if (parameter.value->dim() == 1) row.learning_rate = rate_or_default(options.norm_learning_rate);
+    if (classifier) row.learning_rate = rate_or_default(options.head_learning_rate);
     if (embeddings.count(parameter.value)) row.learning_rate = rate_or_default(options.embedding_learning_rate);
     if (matrices.count(parameter.value)) row.weight_decay = options.weight_decay;
     out.push_back(std::move(row));
   }
-  if (out.empty()) {
+  if (out.empty() && !options.has_lora) {
     throw Error("every parameter is frozen: nothing is left to train").at("freeze").given(join(options.freeze, ", ")).allowed("patterns that leave at least one parameter").hint("remove a pattern");
   }
   return out;

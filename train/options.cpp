@@ -15,6 +15,7 @@ void fields(FieldVisitor& visitor, TrainOptions& options) {
   visitor.number("learning_rate", options.learning_rate, "peak learning rate", {.min = 0, .max = 1, .open_min = true});
   visitor.number("head_learning_rate", options.head_learning_rate, "peak learning rate of the classifier; 0 = learning_rate", {.min = 0, .max = 1});
   visitor.number("embedding_learning_rate", options.embedding_learning_rate, "peak learning rate of the embeddings; 0 = learning_rate", {.min = 0, .max = 1});
+  visitor.number("norm_learning_rate", options.norm_learning_rate, "peak learning rate of norms and biases; 0 = learning_rate", {.min = 0, .max = 1});
   visitor.number("weight_decay", options.weight_decay, "decoupled weight decay of the matrices of blocks and head", {.min = 0, .max = 1});
   visitor.number("beta1", options.beta1, "AdamW: decay of the first moment", {.min = 0, .max = 0.9999});
   visitor.number("beta2", options.beta2, "AdamW: decay of the second moment", {.min = 0, .max = 0.999999});
@@ -27,6 +28,15 @@ void fields(FieldVisitor& visitor, TrainOptions& options) {
   visitor.number("label_smoothing", options.label_smoothing, "share of the target spread over all classes", {.min = 0, .max = 0.95});
   visitor.integer("bucket_batches", options.bucket_batches, "sort by length inside chunks of so many batches; 0 = no sorting", {.min = 0});
   visitor.choice("precision", options.precision, "auto = bf16 autocast where the hardware multiplies bf16, else float32", precision_names());
+  visitor.flag("recompute", options.recompute, "activation checkpointing: keep the inputs of blocks alone and run them again in the backward pass; a third more time");
+  visitor.number("ema", options.ema, "decay of the running mean of the weights, which is scored and kept; 0 = the weights themselves", {.min = 0, .max = 0.99999});
+  visitor.section("lora", options.has_lora, "train low-rank adapters and the classifier alone; merged into the weights at the end", [&](FieldVisitor& inner) {
+    inner.integer("rank", options.lora.rank, "inner dimension of an adapter", {.min = 1, .max = 1024});
+    inner.number("alpha", options.lora.alpha, "the adapter's output is multiplied by alpha / rank", {.min = 0, .open_min = true});
+    inner.texts("targets", options.lora.targets, "patterns of linear layers that get one (* = anything); empty = all of the blocks");
+  });
+  visitor.integer("evaluate_every_steps", options.evaluate_every_steps, "steps between two held-out scores; 0 = at the end of each epoch", {.min = 0});
+  visitor.integer("stop_after", options.stop_after, "stop after so many held-out scores in a row that are no better; 0 = never", {.min = 0});
   visitor.texts("freeze", options.freeze, "patterns of parameter names that stay as they are (* = anything)");
   visitor.choice("keep", options.keep, "weights at the end: of the last step, or of the best epoch on dev", {"last", "best"});
   visitor.integer("save_every_steps", options.save_every_steps, "steps between two saved states", {.min = 1});

@@ -1,11 +1,12 @@
 // Teacher sources: a cache of a frozen model's outputs on the training set, and a live model.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <memory>
 
 #include "data/tokenizer.h"
-#include "train/objective.h"
+#include "train/context.h"
 
 namespace kompakt {
 
@@ -15,7 +16,22 @@ namespace kompakt {
 // `examples` are tokenized by the teacher's own tokenizer and must outlive the source.
 std::unique_ptr<TeacherSource> cached_teacher(std::shared_ptr<const Transformer> teacher, const TokenizedExamples& examples, std::int64_t pad, std::filesystem::path folder);
 
-// Text: the teacher runs on every batch, without gradients.
+// Text, in short: what `sparse_teacher` keeps of every position.
+struct SparseCacheOptions {
+  std::int64_t top = 64;   // likeliest tokens, exact to the step of their code
+  std::int64_t tail = 32;  // draws from the rest, an even number; 0 = none
+};
+
+// Text: the distribution of every position as SparseTargets, computed when a row of packed text is first asked for and kept in
+// `folder`/teacher-<key>/part-*.h5 (see sparse_cache.cpp for the format); a row that is there is not computed again, by whichever run.
+// The key: teacher, data (tokenizer included), sequence length, options. What a row gives is a function of these alone, in float32
+// whatever the precision of the training: a killed and resumed run sees the same targets. Several processes may read and
+// write one cache at a time; parts of theirs that appear are used.
+// `data.hash` and the packing (TextBatches) decide which text a row number stands for; a row whose text differs is an Error.
+std::unique_ptr<TeacherSource> sparse_teacher(std::shared_ptr<const Transformer> teacher, const TaskData& data, std::int64_t sequence_length, const SparseCacheOptions& options,
+                                              std::filesystem::path folder);
+
+// Text: the teacher runs on every batch, without gradients; gives hidden states and its head.
 std::unique_ptr<TeacherSource> live_teacher(std::shared_ptr<const Transformer> teacher);
 
 // TokenBatch -> tensors on a device.

@@ -5,6 +5,8 @@
 #include "core/error.h"
 #include "core/text.h"
 #include "model/checkpoint.h"
+#include "model/families.h"
+#include "train/chunked_loss.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -20,7 +22,16 @@ class LiveTeacher final : public TeacherSource {
     at::NoGradGuard no_grad;
     TapMap taps(taps_);
     TeacherTargets out;
-    out.logits = teacher_->forward(to_input(batch, teacher_->device()), &taps).to(at::kFloat);
+    const ModelInput input = to_input(batch, teacher_->device());
+    if (teacher_->config().family->encoder) {
+      out.logits = teacher_->forward(input, &taps).to(at::kFloat);
+    } else {  // logits of all tokens at once would be the largest tensor of the step
+      const HeadWeights head = head_weights(*teacher_);
+      const InputTransform& transform = teacher_->lm_head.input_transform;
+      out.hidden = teacher_->hidden(input, &taps);
+      if (transform) out.hidden = transform(out.hidden);
+      out.head_weight = head.weight, out.head_bias = head.bias;
+    }
     for (const std::string& name : taps_) {
       if (!taps.values().count(name)) throw Error(str("the teacher has no value \"", name, "\"")).at("taps").given(name).hint("layers count from 0; see docs for the names of taps");
       out.taps[name] = taps.at(name).to(at::kFloat);

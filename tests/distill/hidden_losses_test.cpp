@@ -162,3 +162,28 @@ TEST_CASE("fused linear loss: frozen parts, no gradient wanted, float32 and bflo
   CHECK(fused_chunk(10) == 1024);
   CHECK(fused_chunk(10000000) == 32);
 }
+
+TEST_CASE("embedding losses equal the goldens, are zero at equality and take single texts") {
+  const Json item = golden("embedding");
+  const std::int64_t b = item.at("b"), ds = item.at("ds"), dt = item.at("dt");
+  const double temperature = item.at("temperature");
+  const at::Tensor student = tensor_of(item.at("student"), {b, ds}), teacher = tensor_of(item.at("teacher"), {b, dt}), projection = tensor_of(item.at("projection"), {ds, dt});
+  const auto check = [&](const char* name, const auto& loss) {
+    INFO(name);
+    const auto [value, gradient] = gradient_of(loss, student);
+    CHECK(value == Approx(item.at(name).at("value").get<double>()).epsilon(1e-10));
+    CHECK(largest_difference(gradient, tensor_of(item.at(name).at("gradient"), {b, ds})) < 1e-10);
+    CHECK(gradient_error(loss, student) < 1e-6);
+  };
+  check("contrastive", [&](const at::Tensor& s) { return embedding_contrastive(s, teacher, temperature, projection); });
+  check("similarity", [&](const at::Tensor& s) { return embedding_similarity(s, teacher, temperature); });
+  CHECK(largest_difference(gradient_of([&](const at::Tensor& w) { return embedding_contrastive(student, teacher, temperature, w); }, projection).second,
+                           tensor_of(item.at("contrastive").at("projection_gradient"), {ds, dt})) < 1e-10);
+  // Only directions count; one text has nobody to be compared with; a zero vector stays finite.
+  CHECK(embedding_contrastive(teacher * 3, teacher, temperature).item<double>() == Approx(0).margin(1e-12));
+  CHECK(embedding_similarity(teacher * 3, teacher, temperature).item<double>() == Approx(0).margin(1e-12));
+  CHECK(embedding_contrastive(teacher.narrow(0, 0, 1), teacher.narrow(0, 1, 1), temperature).item<double>() == Approx(0).margin(1e-12));
+  CHECK(embedding_similarity(student.narrow(0, 0, 1), teacher.narrow(0, 0, 1), temperature).item<double>() == 0);
+  CHECK(gradient_of([&](const at::Tensor& s) { return embedding_similarity(s, teacher, temperature); }, at::zeros({b, ds}, at::kDouble)).second.isfinite().all().item<bool>());
+  CHECK(contains_all(error_text([&] { embedding_contrastive(student, teacher, temperature); }), {"different widths", "3", "5", "similarity"}));
+}

@@ -38,6 +38,8 @@ TEST_CASE("logit losses equal the goldens in value and gradient") {
     LogitLossOptions options = at_temperature(item.at("options").at("temperature"));
     options.beta = item.at("options").at("beta");
     options.lambda = item.at("options").at("lambda");
+    options.top = item.at("options").at("top");
+    options.margin = item.at("options").at("margin");
     options.mask = tensor_of(item.at("mask"), {n}).to(at::kBool);
     for (const LogitLoss& row : logit_losses()) {
       INFO(row.name);
@@ -119,6 +121,56 @@ TEST_CASE("logit losses: two classes by hand") {
   CHECK(reverse_kl(pair(a), pair(b)).item<double>() == Approx(q * std::log(q / p) + (1 - q) * std::log((1 - q) / (1 - p))).epsilon(1e-12));
   CHECK(total_variation(pair(a), pair(b)).item<double>() == Approx(std::abs(p - q)).epsilon(1e-12));
   CHECK(logits_mse(pair(a), pair(b)).item<double>() == Approx((a - b) * (a - b) / 2).epsilon(1e-12));
+}
+
+TEST_CASE("ranking: by hand, and what it leaves alone") {
+  const auto row = [](std::vector<double> values) { return at::tensor(values, at::kDouble).unsqueeze(0); };
+  const at::Tensor teacher = row({3, 1, 0.5, -9});
+  LogitLossOptions options;
+  options.top = 3;
+  // Pairs (0,1), (0,2), (1,2) ask for gaps 1 (the margin), 1 and 0.5; the student has 0.25, -0.5 and -0.75.
+  CHECK(ranking_hinge(row({1, 0.75, 1.5, 40}), teacher, options).item<double>() == Approx((0.75 + 1.5 + 1.25) / 3).epsilon(1e-12));
+  CHECK(ranking_hinge(row({30, 20, 10, 40}), teacher, options).item<double>() == 0);  // the order holds, the fourth is not among the first three
+  options.top = 2;
+  options.margin = 10;
+  CHECK(ranking_hinge(row({0, 0, 0, 0}), teacher, options).item<double>() == Approx(2));
+  options.top = 100;  // more than there are
+  CHECK(ranking_hinge(teacher, teacher, options).item<double>() == 0);
+}
+
+TEST_CASE("several logit losses at once: the sum of each alone, and both KLs beside them") {
+  const at::Tensor student = random_tensor({5, 6}, 31, 2), teacher = random_tensor({5, 6}, 32, 2);
+  LogitLossOptions frame;
+  frame.mask = at::tensor({1, 1, 0, 1, 1}, at::kLong).to(at::kBool);
+  std::vector<LogitTerm> terms;
+  double weight = 0.5;
+  for (const LogitLoss& row : logit_losses()) {
+    terms.push_back({&row, at_temperature(terms.size() % 2 == 0 ? 1 : 2), weight});
+    weight += 0.25;
+  }
+  const at::Tensor leaf = student.clone().requires_grad_();
+  const LogitMeans means = logit_terms(terms, leaf, teacher, frame);
+  const at::Tensor gradient = torch::autograd::grad({means.total}, {leaf})[0];
+  at::Tensor expected = at::zeros_like(student);
+  double total = 0;
+  for (std::size_t i = 0; i < terms.size(); ++i) {
+    LogitLossOptions options = terms[i].options;
+    options.mask = frame.mask;
+    const auto [value, alone] = gradient_of([&](const at::Tensor& s) { return logit_loss(*terms[i].loss, s, teacher, options); }, student);
+    INFO(terms[i].loss->name);
+    CHECK(means.values[static_cast<std::int64_t>(i)].item<double>() == Approx(value).epsilon(1e-12));
+    total += terms[i].weight * value;
+    expected += alone * terms[i].weight;
+  }
+  CHECK(means.total.item<double>() == Approx(total).epsilon(1e-12));
+  CHECK(largest_difference(gradient, expected) < 1e-12);
+  CHECK(!means.values.requires_grad());
+  const auto count = static_cast<std::int64_t>(terms.size());
+  REQUIRE(means.values.numel() == count + 2);
+  CHECK(means.values[count].item<double>() == Approx(forward_kl(student, teacher, frame).item<double>()).epsilon(1e-12));
+  CHECK(means.values[count + 1].item<double>() == Approx(reverse_kl(student, teacher, frame).item<double>()).epsilon(1e-12));
+  terms.assign(1, {find_logit_loss("reverse_kl"), {}, 0});  // weight 0: only looked at
+  CHECK(gradient_of([&](const at::Tensor& s) { return logit_terms(terms, s, teacher).total; }, student).second.abs().max().item<double>() == 0);
 }
 
 TEST_CASE("logit losses: a large temperature turns forward KL into centred logit matching") {

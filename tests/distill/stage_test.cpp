@@ -46,9 +46,15 @@ Evaluated evaluate(const std::vector<std::shared_ptr<Objective>>& objectives, co
   const TeacherTargets targets = source->targets(batch);
   const ModelInput input = to_input(batch, c10::Device(c10::kCPU));
   TapMap taps(wanted);
-  const at::Tensor hidden = student.hidden(input, &taps);
-  at::Tensor logits;
-  if (logits_needed) logits = batch.labels.empty() ? student.head(hidden) : student.head(student.pooled(hidden, input));
+  at::Tensor hidden, logits;
+  if (batch.labels.empty()) {
+    hidden = student.hidden(input, &taps);
+    if (logits_needed) logits = student.head(hidden);
+  } else {
+    taps.request("final");
+    logits = student.forward(input, &taps);
+    hidden = taps.at("final");
+  }
   Evaluated out;
   for (const auto& objective : objectives) out.total += objective->loss({student, input, batch, logits, hidden, taps, &targets}, out.parts).item<double>();
   return out;
@@ -127,12 +133,16 @@ TEST_CASE("objectives: the quickstart's sum by hand") {
     mse += squares / static_cast<double>(batch.tokens() * 24) / 2;
   }
   CHECK(sum.total == Approx(0.5 * ce + kl + 10 * mse).epsilon(1e-5));
-  REQUIRE(sum.parts.size() == 3);
+  REQUIRE(sum.parts.size() == 5);
   CHECK(sum.parts[0].name == "cross_entropy");
   CHECK(sum.parts[1].name == "forward_kl");
   CHECK(sum.parts[1].value.item<double>() == Approx(kl).epsilon(1e-5));
-  CHECK(sum.parts[2].name == "hidden_mse");
-  CHECK(sum.parts[2].value.item<double>() == Approx(mse).epsilon(1e-5));
+  CHECK(sum.parts[2].name == "teacher_forward_kl");  // at temperature 1, always logged
+  CHECK(sum.parts[2].value.item<double>() == Approx(forward_kl(logits, target).item<double>()).epsilon(1e-5));
+  CHECK(sum.parts[3].name == "teacher_reverse_kl");
+  CHECK(sum.parts[3].value.item<double>() == Approx(reverse_kl(logits, target).item<double>()).epsilon(1e-5));
+  CHECK(sum.parts[4].name == "hidden_mse");
+  CHECK(sum.parts[4].value.item<double>() == Approx(mse).epsilon(1e-5));
 }
 
 TEST_CASE("every loss of the table works as an objective and is zero for the teacher itself") {
@@ -143,7 +153,8 @@ TEST_CASE("every loss of the table works as an objective and is zero for the tea
   text.lengths = {5, 3};
   text.examples = {0, 1};
   const TokenBatch classes = batch_of(tiny_examples(4, 2), 4);
-  std::vector<std::string> items{"{hidden: mse}", "{hidden: cosine, layers: [0, 2]}", "{relation: minilm}", "{relation: minilm, normalize: true, layer: 0, heads: 2}"};
+  std::vector<std::string> items{"{hidden: mse}", "{hidden: cosine, layers: [0, 2]}", "{relation: minilm}", "{relation: minilm, normalize: true, layer: 0, heads: 2}",
+                                 "{embedding: mse}", "{embedding: cosine}", "{embedding: contrastive}", "{embedding: similarity, temperature: 0.2}"};
   for (const std::string& name : logit_loss_names()) items.push_back("{logits: " + name + ", temperature: 2}");
   for (const std::string& item : items) {
     INFO(item);
@@ -156,8 +167,28 @@ TEST_CASE("every loss of the table works as an objective and is zero for the tea
       CHECK(evaluate(objectives, *other, teacher, batch).total > 1e-4);
     };
     check(encoder, classes, 4);
-    check(decoder, text, 3);
+    if (item.find("embedding") == std::string::npos) check(decoder, text, 3);
   }
+}
+
+TEST_CASE("several logit losses of a list are one pass, each with its own weight and temperature") {
+  const std::shared_ptr<Transformer> teacher = tiny_decoder(3);
+  const auto student = tiny_decoder(4);
+  TokenBatch batch;
+  batch.rows = 1, batch.columns = 4;
+  batch.ids = {3, 4, 5, 6};
+  batch.lengths = {4};
+  batch.examples = {0};
+  const auto objectives = objectives_of("[{logits: forward_kl, temperature: 2, weight: 0.5}, {labels: cross_entropy}, {logits: reverse_kl, weight: 2}]", {0, 1, 2}, {24, 24, true});
+  REQUIRE(objectives.size() == 2);
+  const Evaluated both = evaluate(objectives, *student, teacher, batch);
+  double expected = evaluate(objectives_of("[{labels: cross_entropy}]", {0, 1, 2}, {24, 24, true}), *student, teacher, batch).total;
+  expected += 0.5 * evaluate(objectives_of("[{logits: forward_kl, temperature: 2}]", {0, 1, 2}, {24, 24, true}), *student, teacher, batch).total;
+  expected += 2 * evaluate(objectives_of("[{logits: reverse_kl}]", {0, 1, 2}, {24, 24, true}), *student, teacher, batch).total;
+  CHECK(both.total == Approx(expected).epsilon(1e-5));
+  REQUIRE(both.parts.size() == 5);
+  CHECK(both.parts[1].name == "reverse_kl");
+  CHECK(both.parts[1].value.item<double>() == Approx(both.parts[3].value.item<double>()).epsilon(1e-6));
 }
 
 TEST_CASE("logit objective of a decoder: chunks from hidden states give what full logits give") {
@@ -170,8 +201,6 @@ TEST_CASE("logit objective of a decoder: chunks from hidden states give what ful
   batch.examples = {0, 1};
   const std::string item = "[{logits: forward_kl, weight: 3}]";
   const double fused = evaluate(objectives_of(item, {0, 1, 2}, {24, 24, true, 0}), *student, teacher, batch).total;
-  const double plain = evaluate(objectives_of(item, {0, 1, 2}), *student, teacher, batch).total;
-  CHECK(fused == Approx(plain).epsilon(1e-5));
   // Only positions with a next token count: three of the first row, two of the second.
   const at::NoGradGuard no_grad;
   const ModelInput input = to_input(batch, c10::Device(c10::kCPU));
@@ -200,6 +229,12 @@ TEST_CASE("objectives: all mistakes of a list at once, with places and nearest n
   });
   CHECK(contains_all(text, {"recipe.yaml:1:", "did you mean \"forward_kl\"", "recipe.yaml:2:", "did you mean \"logits\"", "recipe.yaml:3:", "\"beta\"", "no layer 7", "0 to 1",
                             "recipe.yaml:5:", "recipe.yaml:6:", "just text", "two losses", "recipe.yaml:8:", "more than 0", "did you mean \"weight\""}));
+  CHECK(contains_all(error_text([] { objectives_of("[{embedding: contrastive}]", {0, 1}, {24, 24, true}); }), {"recipe.yaml:1:", "a decoder has none"}));
+  ObjectiveShapes cached;
+  cached.cached = true;
+  CHECK(contains_all(error_text([&] { objectives_of("- {hidden: mse}\n- {logits: logits_mse}\n- {logits: ranking}\n- {logits: forward_kl, temperature: 2}\n", {0, 1}, cached); }),
+                     {"recipe.yaml:1:", "not values of its layers", "recipe.yaml:2:", "all logits", "reverse_kl", "recipe.yaml:3:", "recipe.yaml:4:", "at temperature 1, not at 2"}));
+  CHECK(objectives_of("[{logits: reverse_kl}, {logits: adaptive_kl}, {labels: cross_entropy}]", {0, 1}, cached).size() == 2);
   CHECK(contains_all(error_text([] { objectives_of("[]", {0}); }), {"must be a list", "an empty list"}));
   CHECK(contains_all(error_text([] { objectives_of("{logits: forward_kl}", {0}); }), {"must be a list", "a map"}));
   CHECK(contains_all(error_text([] { objectives_of("[{labels: cross_entropy, weight: 0}]", {0}); }), {"weight 0"}));
@@ -207,7 +242,7 @@ TEST_CASE("objectives: all mistakes of a list at once, with places and nearest n
 
 TEST_CASE("objective kinds explain themselves") {
   const auto kinds = objective_kinds();
-  REQUIRE(kinds.size() == 4);
+  REQUIRE(kinds.size() == 5);
   for (const ObjectiveKindInfo& kind : kinds) {
     CHECK(!kind.names.empty());
     CHECK(kind.fields.size() >= 2);

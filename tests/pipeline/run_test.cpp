@@ -1,4 +1,6 @@
 // The whole chain on a tiny model: it runs, reuses, resumes to the same bytes, and refuses to share a folder.
+#include <ATen/ATen.h>
+
 #include "tests/catch_torch.h"
 
 #include <csignal>
@@ -9,11 +11,13 @@
 #include "core/system.h"
 #include "core/text.h"
 #include "export/exporters.h"
+#include "model/checkpoint.h"
 #include "pipeline/answer.h"
 #include "pipeline/plan.h"
 #include "pipeline/run.h"
 #include "tests/pipeline/tiny.h"
 #include "tests/support.h"
+#include "train/mask.h"
 
 using namespace kompakt;
 using namespace kompakt::testing;
@@ -88,6 +92,38 @@ TEST_CASE("two runs in one folder at once are refused", "[run]") {
   CHECK(contains_all(error_text([&] { run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("a")}); }), {"another kompakt", "--out"}));
 }
 
+TEST_CASE("pruned weights stay zero through every later stage of a run, and in one that takes them from the store", "[run]") {
+  TinySetting tiny;
+  const auto chain = [&](const char* quantize) {
+    tiny.write_recipe(str("\n  - finetune: {epochs: 1, batch_size: 8}\n  - prune: {unstructured: {pattern: \"2:4\", criterion: sparsegpt}, samples: 24}\n",
+                          "  - distill: {epochs: 1, batch_size: 8, learning_rate: 1.0e-3}\n  - quantize: ", quantize, "\n  - export: {}\n  - evaluate: {latency: false}\n"));
+    return read_recipe(tiny.recipe());
+  };
+  const auto zeros_of = [](const fs::path& folder, const WeightMasks& masks) {
+    const auto model = load_model(folder);
+    std::int64_t revived = 0;
+    for (const auto& [name, mask] : masks) revived += model->find_linear(name)->weight.masked_select(mask.logical_not()).ne(0).sum().item<std::int64_t>();
+    return revived;
+  };
+  for (const char* quantize : {"{weights: ternary, group: 32, method: qad, epochs: 1, batch_size: 8, learning_rate: 1.0e-3}", "{weights: int4, group: 32, method: gptq}"}) {
+    const fs::path out = tiny.out(quantize[10] == 't' ? "a" : "b");
+    CHECK(run_recipe(chain(quantize), {.out = out}).code == ExitCode::ok);
+    const WeightMasks masks = load_masks(out / "02-prune");
+    CHECK(masks.size() == 18);
+    for (const char* stage : {"02-prune", "03-distill", "04-quantize"}) {
+      CAPTURE(quantize, stage);
+      CHECK(read_text(out / stage / "masks.h5") == read_text(out / "02-prune" / "masks.h5"));
+      CHECK(zeros_of(out / stage, masks) == 0);
+    }
+    CHECK(read_json(out / "manifest.json").at("stages").at(1).at("details").at("sparsity").at("pattern") == "2:4");
+  }
+  CHECK(read_json(tiny.out("b") / "manifest.json").at("stages").at(2).at("reused").get<bool>());
+  CHECK(contains_all(error_text([&] {
+          tiny.write_recipe("\n  - finetune: {epochs: 1, batch_size: 8}\n  - prune: {unstructured: {pattern: \"2:4\", criterion: magnitude}}\n  - distill: {student: {keep_layers: [0, 2]}, epochs: 1, batch_size: 8}\n  - export: {}\n");
+          run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("c")});
+        }), {"keep_layers", "masks", "unstructured"}));
+}
+
 TEST_CASE("gates decide the exit code", "[run]") {
   TinySetting tiny;
   tiny.write_recipe("\n  - finetune: {epochs: 0.1, batch_size: 8}\n  - export: {}\n  - evaluate: {latency: false}\n", "gates: [\"artifact.bytes <= 1\"]\n");
@@ -160,4 +196,43 @@ TEST_CASE("a byte budget: refused when too small before anything runs, kept to t
   CHECK(artifact > low);
   CHECK(contains_all(read_text(tiny.out("budget") / "report.md"), {"Byte budget of 02-quantize", "predicted divergence"}));
   CHECK(contains_all(read_text(tiny.out("budget") / "report.html"), {"Byte budget", "predicted divergence against size"}));
+}
+
+TEST_CASE("a decoder tuned on its grid by blocks and as a whole: planned, reported, exported", "[run][tune]") {
+  TinySetting tiny;
+  std::int64_t vocabulary = 0;
+  for (const char c : read_text(tiny.folder() / "teacher" / "vocab.txt")) vocabulary += c == '\n';
+  const std::string pieces = read_text(tiny.folder() / "teacher" / "vocab.txt");
+  fs::remove_all(tiny.folder() / "teacher");
+  const Json config = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"vocab_size", vocabulary}, {"hidden_size", 32}, {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"num_key_value_heads", 2},
+                       {"intermediate_size", 64}, {"hidden_act", "silu"}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"tie_word_embeddings", true}};
+  Transformer teacher(config_from_json(config, "tiny"), 3);
+  for (Linear* linear : teacher.linears()) linear->weight = linear->weight * 8;
+  save_model(teacher, tiny.folder() / "teacher");
+  write_text(tiny.folder() / "teacher" / "vocab.txt", pieces);
+  const auto text = [](int first, const char* joint) {
+    constexpr const char* nouns[] = {"card", "money", "rate", "fee", "transfer", "exchange"};
+    std::string out;
+    for (int i = first; i < first + 160; ++i) out += str(nouns[i * 5 % 6], " ", joint, " ", nouns[i / 6 % 6], i % 7 ? " " : " my ");
+    return out + "\n";
+  };
+  write_text(tiny.folder() / "calibration.txt", text(0, "is"));
+  write_text(tiny.folder() / "test.txt", text(3, "has not"));
+  const auto recipe = [&](const std::string& options) {
+    write_text(tiny.recipe(), str("name: tiny\nseed: 5\nstore: store\nteacher: {path: teacher}\ndata:\n  calibration: {files: [calibration.txt], format: text, max_length: 16}\n  test: {files: [test.txt], format: text, max_length: 16}\n"
+                                  "stages:\n  - quantize: {weights: ternary, group: 32, method: gptq, ", options, "}\n  - export: {formats: [kompakt]}\n  - evaluate: {latency: false}\n"));
+    return read_recipe(tiny.recipe());
+  };
+  CHECK(contains_all(error_text([&] { recipe("tune: scale"); }), {"tune", "scale", "scales"}));
+  const Recipe chosen = recipe("block_tune: {iterations: 10, batch: 4, evaluate_every: 5}, tune: scales, tuning: {steps: 12, batch: 4, evaluations: 3, holdout: 0.2}");
+  const std::vector<StagePrediction> plan = predict_stages(chosen, load_data(chosen)), untuned = predict_stages(recipe("tune: none"), load_data(chosen));
+  CHECK(plan[0].memory_bytes > untuned[0].memory_bytes);
+  REQUIRE(run_recipe(chosen, {.out = tiny.out("tuned")}).code == ExitCode::ok);
+  const Json details = read_json(tiny.out("tuned") / "report.json").at("stages").at(0).at("details");
+  CHECK(details.at("blocks").size() == 2);
+  const Json& tuning = details.at("tuning");
+  CHECK(tuning.at("candidates").size() == 4);
+  CHECK(tuning.at("heldout_kl").get<double>() <= tuning.at("untuned_heldout_kl").get<double>());
+  CHECK(contains_all(read_text(tiny.out("tuned") / "report.md"), {"Tuning of 01-quantize", "Whole model (scales): kept", "| untuned |", "Blocks: "}));
+  CHECK(contains_all(read_text(tiny.out("tuned") / "report.html"), {"Tuning on the grid", "divergence on held-out text", "untuned"}));
 }

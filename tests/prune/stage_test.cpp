@@ -11,6 +11,7 @@
 #include "prune/stage.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
+#include "train/mask.h"
 
 using namespace kompakt;
 using namespace kompakt::testing;

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "prune/criteria.h"
+#include "prune/depth.h"
 #include "prune/structured.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"

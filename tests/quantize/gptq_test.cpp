@@ -12,6 +12,7 @@
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "tests/support.h"
+#include "train/inverse_factor.h"
 
 namespace kompakt {
 namespace {

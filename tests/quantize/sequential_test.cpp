@@ -14,12 +14,12 @@
 #include "core/text.h"
 #include "model/checkpoint.h"
 #include "model/paged.h"
-#include "quantize/hessian.h"
 #include "quantize/layer_report.h"
 #include "quantize/stage.h"
 #include "quantize/tensors.h"
 #include "tests/catch_torch.h"
 #include "tests/support.h"
+#include "train/calibration.h"
 
 namespace kompakt {
 namespace {

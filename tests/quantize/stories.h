@@ -12,8 +12,8 @@
 #include "core/random.h"
 #include "model/config.h"
 #include "model/transformer.h"
-#include "quantize/hessian.h"
 #include "tests/support.h"
+#include "train/calibration.h"
 
 namespace kompakt::testing {
 

@@ -31,7 +31,7 @@ bool tune_same(const Quantized& a, const Quantized& b) {
 struct TuneProblem {
   std::unique_ptr<Transformer> model;
   CalibrationSet set;
-  BlockActivations activations;
+  std::vector<at::Tensor> inputs, targets;
   std::map<std::string, at::Tensor> original;
   QuantizationPlan plan;
   std::map<std::string, Quantized> quantized;
@@ -46,13 +46,13 @@ TuneProblem tune_problem(const GridSpec& spec, std::uint64_t seed = 3, bool enco
   context.data = &data;
   p.set = calibration_set(context, 24);
   for (const ModelInput& input : p.set.inputs) {
-    p.activations.inputs.push_back(p.model->embed(input));
-    p.activations.targets.push_back(p.model->block_forward(0, p.activations.inputs.back(), input));
+    p.inputs.push_back(p.model->embed(input));
+    p.targets.push_back(p.model->block_forward(0, p.inputs.back(), input));
   }
   const std::size_t count = p.model->linears().size() / p.model->blocks.size();
   for (std::size_t i = 0; i < count; ++i) {
     Linear* linear = p.model->linears()[i];
-    p.original[linear->name] = linear->weight;
+    p.original[linear->name + ".weight"] = linear->weight;
     p.plan.tensors[linear->name] = spec;
     p.quantized[linear->name] = encode(spec, linear->weight);
     linear->weight = decode(spec, p.quantized[linear->name]);
@@ -60,7 +60,10 @@ TuneProblem tune_problem(const GridSpec& spec, std::uint64_t seed = 3, bool enco
   return p;
 }
 
-BlockTuneResult tune_run(TuneProblem& p, const BlockTuneOptions& options) { return tune_block(*p.model, 0, p.set, p.activations, p.original, p.plan, options, 11, p.quantized); }
+BlockTuneResult tune_run(TuneProblem& p, const BlockTuneOptions& options) {
+  const BlockActivations activations{[&](std::size_t b) { return p.inputs[b]; }, [&](std::size_t b) { return p.targets[b]; }};
+  return tune_block(*p.model, 0, p.set, activations, p.original, p.plan, options, 11, p.quantized);
+}
 
 }  // namespace
 
@@ -181,7 +184,7 @@ TEST_CASE("block tuning lowers the block's error on every grid and stays on it",
     for (const auto& [name, q] : loaded.tensors) CHECK(at::equal(p.model->find_linear(name)->weight, decode(spec, q)));
     at::NoGradGuard no_grad;
     for (std::size_t b = 0; b < p.set.inputs.size(); ++b) {
-      const at::Tensor difference = p.model->block_forward(0, p.activations.inputs[b], p.set.inputs[b]) - p.activations.targets[b];
+      const at::Tensor difference = p.model->block_forward(0, p.inputs[b], p.set.inputs[b]) - p.targets[b];
       error += difference.square().sum(at::kDouble).item<double>(), values += static_cast<double>(difference.numel());
     }
     CHECK(error / values == Approx(result.after).epsilon(1e-4));
@@ -218,8 +221,8 @@ TEST_CASE("block tuning does not depend on threads, nor on what stands in the pa
       at::NoGradGuard no_grad;
       for (std::size_t b = 0; b < p.set.inputs.size(); ++b) {
         if (!p.set.inputs[b].lengths.defined()) continue;
-        const at::Tensor padding = at::arange(p.activations.inputs[b].size(1)).ge(p.set.inputs[b].lengths.unsqueeze(1)).unsqueeze(2);
-        for (at::Tensor* t : {&p.activations.inputs[b], &p.activations.targets[b]}) *t = t->masked_fill(padding, 7.0);
+        const at::Tensor padding = at::arange(p.inputs[b].size(1)).ge(p.set.inputs[b].lengths.unsqueeze(1)).unsqueeze(2);
+        for (at::Tensor* t : {&p.inputs[b], &p.targets[b]}) *t = t->masked_fill(padding, 7.0);
       }
     }
     tune_run(p, options);

@@ -11,6 +11,7 @@
 #include "tests/support.h"
 #include "tests/train/fixtures.h"
 #include "train/dev_score.h"
+#include "train/optimizer.h"
 
 using namespace kompakt;
 using namespace kompakt::testing;
@@ -265,6 +266,52 @@ TEST_CASE("hooks of constraints come in order, and leave nothing behind") {
   CHECK(log.back() == "a detach");
   CHECK(log[log.size() - 2] == "b detach");
   CHECK_FALSE(model->tokens.compacted());
+}
+
+TEST_CASE("a monitor sees every step, ends the training early, and is saved with the state") {
+  struct Watcher final : TrainMonitor {
+    std::vector<std::int64_t> seen;
+    std::int64_t last = 1000;
+    void after_step(Transformer& model, std::int64_t step, std::int64_t steps) override {
+      CHECK(steps == 12);
+      CHECK(model.blocks[0].mlp.up.weight.requires_grad());
+      seen.push_back(step);
+    }
+    bool enough() const override { return !seen.empty() && seen.back() >= last; }
+    Json save() const override { return seen; }
+    void restore(const Json& saved) override { seen = saved.get<std::vector<std::int64_t>>(); }
+  };
+  const TaskData data = tiny_data();
+  TrainOptions options = tiny_options();
+  options.save_every_steps = 4;
+  const auto run = [&](StageContext& context, Watcher& watcher, int kill) {
+    auto model = tiny_bert();
+    std::vector<std::shared_ptr<Objective>> objectives = {std::shared_ptr<Objective>(label_cross_entropy())};
+    if (kill > 0) objectives.push_back(std::make_shared<Killer>(kill));
+    return train(*model, options, objectives, {}, context, &watcher);
+  };
+  const TemporaryFolder work;
+  StageContext context = tiny_context(data, work.path());
+  Watcher killed, resumed, again;
+  CHECK_THROWS_AS(run(context, killed, 7), std::runtime_error);
+  CHECK(killed.seen == std::vector<std::int64_t>{1, 2, 3, 4, 5, 6});
+  context.resume = true;
+  resumed.last = again.last = 9;
+  CHECK(run(context, resumed, 0).steps == 9);
+  CHECK(resumed.seen == std::vector<std::int64_t>{1, 2, 3, 4, 5, 6, 7, 8, 9});
+  CHECK(run(context, again, 1).steps == 9);  // nothing is left to do
+  CHECK(again.seen == resumed.seen);
+}
+
+TEST_CASE("norms and biases can have a rate of their own") {
+  TrainOptions options = tiny_options();
+  options.learning_rate = 1e-3, options.norm_learning_rate = 5e-4;
+  auto model = tiny_bert();
+  for (const TrainableParameter& parameter : trainable_parameters(*model, options)) {
+    CAPTURE(parameter.name);
+    const bool head = parameter.name.find("classifier") != std::string::npos;
+    CHECK(parameter.learning_rate == (parameter.value.dim() == 1 && !head ? 5e-4 : 1e-3));
+  }
 }
 
 TEST_CASE("parameters of an objective train and survive a kill") {

@@ -1,21 +1,30 @@
-// Second moments of the inputs of linear layers, block by block: the prefix of the model is already quantized, one block and
-// the activations in front of it are in memory.
+// Second moments of the inputs of linear layers, block by block: the prefix of the model is already quantized or pruned, one
+// block and the activations in front of it are in memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <array>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "model/transformer.h"
-#include "quantize/activations.h"
+#include "train/activations.h"
 #include "train/context.h"
 
 namespace kompakt {
+
+// work(0), ..., work(count - 1), on the CPU beside each other; every bit is independent of the number of threads as long as the
+// pieces do not meet.
+void for_each_batch(c10::Device device, std::size_t count, const std::function<void(std::size_t)>& work);
+// sum <- keep sum + add a^T b; a [n,K], b [n,M]; made when undefined. `symmetric` (a is b): only the blocks on and above the
+// diagonal are right. The same bits for any number of threads.
+void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, bool symmetric, double keep, double add);
 
 // The inputs that a method looks at, and what the report says about them.
 struct CalibrationSet {
@@ -25,21 +34,24 @@ struct CalibrationSet {
   std::string hash;                // SHA-256 over the token ids
 };
 // Training examples (classification) or calibration windows (text), at most `sequences`, the same for the same seed.
-// Error with a remedy when there are none.
-CalibrationSet calibration_set(const StageContext& context, std::int64_t sequences);
+// Error when there are none, with `otherwise` as what needs none.
+CalibrationSet calibration_set(const StageContext& context, std::int64_t sequences, std::string_view otherwise = "method: rtn");
 
 // The linears of a block that see the same input, in the order in which the block computes them.
 enum class BlockPart { attention, output, feed_forward, down };
 constexpr std::array<BlockPart, 4> block_parts = {BlockPart::attention, BlockPart::output, BlockPart::feed_forward, BlockPart::down};
+// Every parameter of a block: weights and biases of its linears, its norms.
+std::vector<NamedParameter> block_parameters(Block& block);
 std::vector<Linear*> part_linears(Block& block, BlockPart part);  // those that the model has
 
 // Of the input x [K] of a part in the quantized model and x~ in the float model, over all tokens that are no padding.
 struct SecondMoments {
   at::Tensor hessian;             // [K,K] E[x x^T], exactly symmetric
-  at::Tensor cross;               // [K,K] E[x~ x^T], only with a teacher
+  at::Tensor cross;               // [K,K] E[x~ x^T], only with a teacher and CalibrationOptions::cross
   at::Tensor half;                // [K,K] E[x x^T] of the first half of the batches; undefined with a single batch
+  at::Tensor square;              // [K] float64 E[x^2], and nothing else, when only squares are asked for
   at::Tensor mean, half_mean;     // [K] float64 E[x], and of the first half
-  at::Tensor teacher_mean;        // [K] float64 E[x~], only with a teacher
+  at::Tensor teacher_mean;        // [K] float64 E[x~], likewise
   std::int64_t tokens = 0, half_tokens = 0;
 };
 // Covariances instead: E[x x^T] - E[x] E[x]^T and so on. What a layer with a bias minimises, when the bias takes the rest.
@@ -47,8 +59,10 @@ void subtract_means(SecondMoments& moments);
 
 struct CalibrationOptions {
   bool teacher = false;         // keep the activations of the float model too
+  bool cross = true;            // with a teacher: moments against it
   bool float64 = false;         // products and sums of the moments in float64 instead of float32
   std::filesystem::path spill;  // folder for activations on disk; empty = in memory
+  bool squares_only = false;    // no products: the diagonal of the moments, for a pass that costs no more than the model
 };
 
 // Activations in front of one block of the quantized model and, with a teacher, of the float model. A block is computed once,

@@ -1,4 +1,4 @@
-#include "quantize/activations.h"
+#include "train/activations.h"
 
 #include <ATen/ATen.h>
 #include <fcntl.h>

@@ -1,5 +1,5 @@
 // Collection of second moments: a block runs part by part, batches beside each other.
-#include "quantize/hessian.h"
+#include "train/calibration.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -13,8 +13,7 @@
 #include "core/system.h"
 #include "core/text.h"
 #include "model/parallel.h"
-#include "quantize/factors.h"
-#include "quantize/tensors.h"
+#include "train/inverse_factor.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -24,41 +23,6 @@ constexpr std::int64_t hessian_chunk_tokens = 4096;  // rows of one product: act
 
 // Tokens of one pass. On the CPU passes run beside each other, one a thread, so that every bit is independent of their number.
 std::int64_t hessian_batch_tokens(c10::Device device) { return device.is_cpu() ? 512 : 4096; }
-
-// work(0), ..., work(count - 1), on the CPU in parallel.
-void hessian_each(c10::Device device, std::size_t count, const std::function<void(std::size_t)>& work) {
-  const auto range = [&](std::int64_t begin, std::int64_t end) {
-    at::NoGradGuard no_grad;  // a worker thread has its own mode
-    for (std::int64_t i = begin; i < end; ++i) {
-      check_interrupted();
-      work(static_cast<std::size_t>(i));
-    }
-  };
-  if (device.is_cpu() && count > 1) {
-    at::parallel_for(0, static_cast<std::int64_t>(count), 1, range);
-    return;
-  }
-  const SingleThread single;
-  range(0, static_cast<std::int64_t>(count));
-}
-
-// sum <- keep sum + add a^T b; a [n,K], b [n,M]. `symmetric` (a is b): only the blocks on and above the diagonal. Panels of rows
-// are products of their own: the split, and so every bit, is independent of threads.
-void hessian_add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, bool symmetric, double keep, double add) {
-  if (!sum.defined()) sum = at::zeros({a.size(1), b.size(1)}, a.options());
-  constexpr std::int64_t width = 128;
-  const std::int64_t rows = a.size(1), panels = (rows + width - 1) / width;
-  const auto panel = [&](std::int64_t p) {
-    const std::int64_t from = p * width, to = std::min(rows, from + width), left = symmetric ? from : 0;
-    sum.slice(0, from, to).slice(1, left).addmm_(a.slice(1, from, to).t(), b.slice(1, left), keep, add);
-  };
-  // A long panel goes with a short one.
-  hessian_each(a.device(), static_cast<std::size_t>((panels + 1) / 2), [&](std::size_t i) {
-    const auto p = static_cast<std::int64_t>(i);
-    panel(p);
-    if (panels - 1 - p != p) panel(panels - 1 - p);
-  });
-}
 
 at::Tensor hessian_mirrored(const at::Tensor& upper) { return upper.triu() + upper.triu(1).t(); }
 
@@ -80,13 +44,46 @@ void hessian_add(CalibrationSet& set, const TokenBatch& batch, Sha256& hash, c10
 
 }  // namespace
 
-CalibrationSet calibration_set(const StageContext& context, std::int64_t sequences) {
+void for_each_batch(c10::Device device, std::size_t count, const std::function<void(std::size_t)>& work) {
+  const auto range = [&](std::int64_t begin, std::int64_t end) {
+    at::NoGradGuard no_grad;  // a worker thread has its own mode
+    for (std::int64_t i = begin; i < end; ++i) {
+      check_interrupted();
+      work(static_cast<std::size_t>(i));
+    }
+  };
+  if (device.is_cpu() && count > 1) {
+    at::parallel_for(0, static_cast<std::int64_t>(count), 1, range);
+    return;
+  }
+  const SingleThread single;
+  range(0, static_cast<std::int64_t>(count));
+}
+
+// Panels of rows are products of their own.
+void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, bool symmetric, double keep, double add) {
+  if (!sum.defined()) sum = at::zeros({a.size(1), b.size(1)}, a.options());
+  constexpr std::int64_t width = 128;
+  const std::int64_t rows = a.size(1), panels = (rows + width - 1) / width;
+  const auto panel = [&](std::int64_t p) {
+    const std::int64_t from = p * width, to = std::min(rows, from + width), left = symmetric ? from : 0;
+    sum.slice(0, from, to).slice(1, left).addmm_(a.slice(1, from, to).t(), b.slice(1, left), keep, add);
+  };
+  // A long panel goes with a short one.
+  for_each_batch(a.device(), static_cast<std::size_t>((panels + 1) / 2), [&](std::size_t i) {
+    const auto p = static_cast<std::int64_t>(i);
+    panel(p);
+    if (panels - 1 - p != p) panel(panels - 1 - p);
+  });
+}
+
+CalibrationSet calibration_set(const StageContext& context, std::int64_t sequences, std::string_view otherwise) {
   CalibrationSet set;
   Sha256 hash;
   const TaskData* data = context.data;
   const bool text = data && data->kind == TaskData::Kind::text;
   if (!data || (text ? data->calibration.empty() : data->train.ids.empty()))
-    throw Error("the quantization method needs calibration data and the run has none").at(context.title).hint(text || !data ? "name text files under data.calibration, or use method: rtn" : "name training examples under data.train, or use method: rtn");
+    throw Error("the stage needs calibration data and the run has none").at(context.title).hint(str(text || !data ? "name text files under data.calibration" : "name training examples under data.train", ", or use ", otherwise));
   if (text) {
     const std::int64_t count = std::min<std::int64_t>(sequences, static_cast<std::int64_t>(data->calibration.size()));
     const std::int64_t length = static_cast<std::int64_t>(data->calibration.front().size());
@@ -116,6 +113,18 @@ CalibrationSet calibration_set(const StageContext& context, std::int64_t sequenc
   }
   set.hash = hash.hex();
   return set;
+}
+
+std::vector<NamedParameter> block_parameters(Block& block) {
+  std::vector<NamedParameter> out;
+  const auto add = [&](auto& part) {
+    if (!part.weight.defined()) return;
+    out.push_back({part.name + ".weight", &part.weight});
+    if (part.bias.defined()) out.push_back({part.name + ".bias", &part.bias});
+  };
+  for (Linear* linear : {&block.attention.query, &block.attention.key, &block.attention.value, &block.attention.output, &block.mlp.gate, &block.mlp.up, &block.mlp.down}) add(*linear);
+  for (Norm* norm : {&block.attention_norm, &block.mlp_norm, &block.post_attention_norm, &block.post_mlp_norm, &block.attention.query_norm, &block.attention.key_norm}) add(*norm);
+  return out;
 }
 
 std::vector<Linear*> part_linears(Block& block, BlockPart part) {
@@ -179,7 +188,7 @@ void SequentialCalibration::compute(Stream& stream, std::int64_t layer, int part
   at::NoGradGuard no_grad;
   for (; stream.done < parts; ++stream.done) {
     for (Activations* values : {&stream.context, &stream.h, &stream.inner}) values->resize(set_.inputs.size());
-    hessian_each(model_.device(), set_.inputs.size(), [&](std::size_t b) {
+    for_each_batch(model_.device(), set_.inputs.size(), [&](std::size_t b) {
       switch (stream.done) {
         case 0: stream.context.put(b, model_.attention_context(layer, model_.attention_input(layer, stream.x.get(b)), set_.inputs[b])); break;
         case 1: stream.h.put(b, model_.after_attention(layer, stream.x.get(b), stream.context.get(b))), stream.context.drop(b); break;
@@ -217,7 +226,7 @@ at::Tensor SequentialCalibration::part_input(const Stream& stream, std::int64_t 
 
 at::Tensor SequentialCalibration::part_inputs(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t first, std::size_t end) const {
   std::vector<at::Tensor> rows(end - first);
-  hessian_each(model_.device(), rows.size(), [&](std::size_t i) { rows[i] = part_input(stream, layer, part, first + i); });
+  for_each_batch(model_.device(), rows.size(), [&](std::size_t i) { rows[i] = part_input(stream, layer, part, first + i); });
   return rows.size() == 1 ? rows[0] : at::cat(rows);
 }
 
@@ -225,7 +234,8 @@ SecondMoments SequentialCalibration::moments(std::int64_t layer, BlockPart part,
   at::NoGradGuard no_grad;
   TORCH_CHECK(!teacher_ahead_, "the teacher has left the block");
   compute(quantized_, layer, static_cast<int>(part));
-  compute_teacher(layer, static_cast<int>(part), original);
+  const bool cross = has_teacher() && options_.cross;
+  if (cross) compute_teacher(layer, static_cast<int>(part), original);
   SecondMoments out;
   const std::size_t batches = set_.inputs.size();
   const auto rows_of = [&](std::size_t b) { return set_.valid[b].defined() ? set_.valid[b].size(0) : set_.inputs[b].ids.numel(); };
@@ -237,23 +247,30 @@ SecondMoments SequentialCalibration::moments(std::int64_t layer, BlockPart part,
     const std::int64_t seen = out.tokens, half = set_.tokens / 2;
     while (end < batches && count < hessian_chunk_tokens && (seen >= half || seen + count < half)) count += rows_of(end++);
     const at::Tensor x = part_inputs(quantized_, layer, part, first, end);
+    if (options_.squares_only) {
+      const at::Tensor sum = x.square().sum(0, false, at::kDouble);
+      out.square = out.square.defined() ? out.square + sum : sum;
+      out.tokens += count, first = end;
+      continue;
+    }
     const double whole = static_cast<double>(std::max<std::int64_t>(1, seen + count)), keep = static_cast<double>(seen) / whole, add = 1 / whole;
     const auto mean = [&](at::Tensor& value, const at::Tensor& rows) {
       const at::Tensor sum = rows.sum(0, false, at::kDouble) * add;
       value = value.defined() ? value * keep + sum : sum;
     };
-    hessian_add_product(out.hessian, x, x, true, keep, add);
+    add_product(out.hessian, x, x, true, keep, add);
     mean(out.mean, x);
-    if (has_teacher()) {
+    if (cross) {
       const at::Tensor teacher = part_inputs(teacher_, layer, part, first, end);
-      hessian_add_product(out.cross, teacher, x, false, keep, add);
+      add_product(out.cross, teacher, x, false, keep, add);
       mean(out.teacher_mean, teacher);
     }
     out.tokens += count;
     if (!out.half.defined() && out.tokens >= half && end < batches) out.half = hessian_mirrored(out.hessian), out.half_mean = out.mean, out.half_tokens = out.tokens;
     first = end;
   }
-  out.hessian = hessian_mirrored(out.hessian);
+  if (options_.squares_only) out.square.div_(static_cast<double>(std::max<std::int64_t>(1, out.tokens)));
+  else out.hessian = hessian_mirrored(out.hessian);
   return out;
 }
 

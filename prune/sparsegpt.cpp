@@ -1,0 +1,169 @@
+// The sweep: rows are independent once the factor U of the inverse Hessian is known and the mask of a block is chosen. Inside a
+// block of columns each row runs alone, the columns to the right are updated by one matrix product.
+#include "prune/sparsegpt.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
+
+#include "core/error.h"
+#include "core/text.h"
+#include "model/parallel.h"
+
+namespace kompakt {
+namespace {
+
+using at::Tensor;
+
+constexpr std::int64_t sparsegpt_row_chunk = 64;
+
+// w[i] -= e * u[i]
+void sparsegpt_subtract(float* w, const float* u, float e, std::int64_t n) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) w[i] -= u[i] * e;
+}
+
+// work(first, end) for chunks of rows. The split, and so every bit, is independent of the number of threads; a single chunk
+// runs on one thread, as each of several does.
+void sparsegpt_rows(std::int64_t rows, std::int64_t chunk, const std::function<void(std::int64_t, std::int64_t)>& work) {
+  const std::int64_t chunks = (rows + chunk - 1) / chunk;
+  if (chunks <= 1) {
+    const SingleThread single;
+    if (rows > 0) work(0, rows);
+    return;
+  }
+  at::parallel_for(0, chunks, 1, [&](std::int64_t begin, std::int64_t end) {
+    const at::NoGradGuard no_grad;  // a worker thread has its own mode
+    for (std::int64_t c = begin; c < end; ++c) work(c * chunk, std::min(rows, (c + 1) * chunk));
+  });
+}
+
+float sparsegpt_score(float w, float diagonal) {
+  const float root = w / diagonal;
+  return w == 0 ? -1.0f : root * root;  // what is zero goes first
+}
+
+// Marks the lowest share of the columns [from, to) of all rows. gone [N,K]: 1 = goes; zeros are marked already.
+void sparsegpt_choose(const float* w, const float* diagonal, std::int64_t rows, std::int64_t columns, std::int64_t from, std::int64_t to, double sparsity, std::uint8_t* gone) {
+  const std::int64_t width = to - from, count = rows * width;
+  const auto wanted = static_cast<std::int64_t>(std::floor(sparsity * static_cast<double>(count)));
+  std::vector<std::pair<float, std::int64_t>> scores;  // and minus the place: of equal scores the later goes first
+  scores.reserve(static_cast<std::size_t>(count));
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t j = from; j < to; ++j) scores.emplace_back(gone[r * columns + j] ? -1.0f : sparsegpt_score(w[r * columns + j], diagonal[j]), -(r * width + j - from));
+  if (wanted < 1) return;
+  std::nth_element(scores.begin(), scores.begin() + wanted - 1, scores.end());
+  for (std::int64_t i = 0; i < wanted; ++i) {
+    const std::int64_t at = -scores[static_cast<std::size_t>(i)].second;
+    gone[at / width * columns + from + at % width] = 1;
+  }
+}
+
+// Marks m - n of the m weights of one row that begin at `w`.
+void sparsegpt_choose_group(const float* w, const float* diagonal, const SparsityPattern& pattern, std::uint8_t* gone) {
+  std::int64_t left = pattern.m - pattern.n;
+  for (std::int64_t i = 0; i < pattern.m; ++i) left -= gone[i];
+  for (; left > 0; --left) {
+    std::int64_t lowest = -1;
+    float lowest_score = 0;
+    for (std::int64_t i = 0; i < pattern.m; ++i) {
+      if (gone[i]) continue;
+      const float score = sparsegpt_score(w[i], diagonal[i]);
+      if (lowest < 0 || score <= lowest_score) lowest = i, lowest_score = score;
+    }
+    gone[lowest] = 1;
+  }
+}
+
+}  // namespace
+
+InputMetric input_metric(const Tensor& hessian, double damping, bool factorize) {
+  const at::NoGradGuard no_grad;
+  TORCH_CHECK(hessian.defined() && hessian.dim() == 2 && hessian.size(0) == hessian.size(1), "a [K,K] second moment is needed");
+  InputMetric metric;
+  metric.hessian = hessian.detach().to(at::kCPU, at::kFloat).clone();
+  if (!metric.hessian.isfinite().all().item<bool>()) throw Error("the calibration inputs of a layer are not finite").hint("an activation has overflowed: check the model on the calibration data");
+  metric.dead = metric.hessian.diagonal().le(0);
+  metric.dead_count = metric.dead.sum().item<std::int64_t>();
+  if (metric.dead_count > 0) metric.hessian.diagonal().masked_fill_(metric.dead, 1);
+  if (factorize) metric.factor = damped_inverse_factor(metric.hessian, damping, false);
+  return metric;
+}
+
+SparseMatrix sparsegpt(const Tensor& weight, const InputMetric& metric, const SparsityPattern& pattern, std::int64_t block) {
+  const at::NoGradGuard no_grad;
+  const std::int64_t rows = weight.size(0), columns = weight.size(1);
+  TORCH_CHECK(metric.hessian.size(0) == columns, "second moments of other inputs");
+  check_pattern(pattern, columns);
+  const std::int64_t width = pattern.grouped() ? std::max(pattern.m, block / pattern.m * pattern.m) : std::max<std::int64_t>(1, block);
+  SparseMatrix out;
+  out.weight = weight.detach().to(at::kCPU, at::kFloat).clone(at::MemoryFormat::Contiguous);
+  if (metric.dead_count > 0) out.weight.masked_fill_(metric.dead.unsqueeze(0), 0);
+  Tensor removed = out.weight.eq(0).to(at::kByte).contiguous();
+  std::uint8_t* gone = removed.data_ptr<std::uint8_t>();
+  float* w = out.weight.data_ptr<float>();
+  const Tensor upper = metric.factor.upper.defined() ? metric.factor.upper.to(at::kFloat).contiguous() : Tensor();  // undefined: no compensation
+  const Tensor diagonal = metric.factor.diagonal.to(at::kFloat).contiguous();
+  const float* u = upper.defined() ? upper.data_ptr<float>() : nullptr;
+  const float* diag = diagonal.data_ptr<float>();
+  Tensor loss = at::zeros({rows}, at::kDouble);
+  double* row_loss = loss.data_ptr<double>();
+
+  for (std::int64_t from = 0; from < columns; from += width) {
+    const std::int64_t to = std::min(columns, from + width);
+    if (!pattern.grouped()) sparsegpt_choose(w, diag, rows, columns, from, to, pattern.sparsity, gone);
+    sparsegpt_rows(rows, sparsegpt_row_chunk, [&](std::int64_t first, std::int64_t end) {
+      Tensor errors = at::zeros({end - first, to - from}, at::kFloat);
+      float* error = errors.data_ptr<float>();
+      for (std::int64_t r = first; r < end; ++r) {
+        float* row = w + r * columns;
+        std::uint8_t* row_gone = gone + r * columns;
+        float* row_error = error + (r - first) * (to - from);
+        for (std::int64_t j = from; j < to; ++j) {
+          if (pattern.grouped() && j % pattern.m == 0) sparsegpt_choose_group(row + j, diag + j, pattern, row_gone + j);
+          if (!row_gone[j]) continue;
+          const float e = row[j] / diag[j];
+          row[j] = 0;
+          row_error[j - from] = e;
+          row_loss[r] += static_cast<double>(e) * e;
+          if (u) sparsegpt_subtract(row + j + 1, u + j * columns + j + 1, e, to - j - 1);
+        }
+      }
+      if (u && to < columns) out.weight.slice(0, first, end).slice(1, to).sub_(at::matmul(errors, upper.slice(0, from, to).slice(1, to)));
+    });
+  }
+  out.mask = removed.eq(0);
+  out.sweep_loss = loss.sum().item<double>();
+  if (!out.weight.isfinite().all().item<bool>()) throw Error("the compensated weights are not finite").hint("raise damping, or give more calibration data");
+  return out;
+}
+
+Tensor refit_support(const Tensor& weight, const Tensor& mask, const Tensor& hessian, double damping) {
+  const at::NoGradGuard no_grad;
+  const Tensor w = weight.detach().to(at::kCPU, at::kFloat).contiguous(), m = mask.to(at::kCPU);
+  Tensor h = hessian.detach().to(at::kCPU, at::kFloat).clone();
+  h.diagonal().add_(damping * h.diagonal().mean().item<double>());
+  Tensor out = w.masked_fill(m.logical_not(), 0);
+  Tensor target;  // H w of every row
+  {
+    const SingleThread single;  // one product for all rows, on any machine the same
+    target = at::matmul(w, h);
+  }
+  sparsegpt_rows(w.size(0), 1, [&](std::int64_t first, std::int64_t end) {
+    for (std::int64_t r = first; r < end; ++r) {
+      const Tensor support = m[r].nonzero().squeeze(-1);
+      if (support.numel() == 0 || support.numel() == w.size(1)) continue;
+      const auto [factor, failed] = at::linalg_cholesky_ex(h.index_select(0, support).index_select(1, support));
+      if (failed.item<int>() != 0) continue;
+      const Tensor solved = at::cholesky_solve(target[r].index_select(0, support).unsqueeze(1), factor).squeeze(1);
+      if (solved.isfinite().all().item<bool>()) out[r].index_copy_(0, support, solved);
+    }
+  });
+  return out;
+}
+
+}  // namespace kompakt

@@ -1,0 +1,298 @@
+// The cache of likeliest tokens and draws: its code, what it gives beside the live teacher, resume, and what it refuses.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "tests/catch_torch.h"
+
+#include <fstream>
+
+#include "formats/zstd.h"
+#include "tests/support.h"
+#include "tests/train/fixtures.h"
+#include "train/sparse_codec.h"
+#include "train/step_batches.h"
+#include "train/teacher.h"
+
+using namespace kompakt;
+using namespace kompakt::testing;
+
+namespace {
+
+// Rows of a falling Zipf-like distribution over `vocabulary` tokens.
+SparseRow zipf_row(const SparseLayout& layout, std::uint64_t seed) {
+  const CounterRandom random(seed, "zipf");
+  SparseRow row;
+  std::uint64_t at = 0;
+  for (std::int64_t t = 0; t < layout.tokens; ++t) {
+    std::vector<double> p(static_cast<std::size_t>(layout.vocabulary));
+    double sum = 0;
+    for (std::size_t i = 0; i < p.size(); ++i) sum += p[i] = std::exp(1.5 * random.normal(at++)) / static_cast<double>(i + 1);
+    std::sort(p.begin(), p.end(), std::greater<>());
+    double rest = sum;
+    for (std::int64_t i = 0; i < layout.top; ++i) {
+      row.ids.push_back((i * 7 + t) % layout.vocabulary);
+      row.log_p.push_back(static_cast<float>(std::log(p[static_cast<std::size_t>(i)] / sum)));
+      rest -= p[static_cast<std::size_t>(i)];
+    }
+    row.log_rest.push_back(static_cast<float>(std::log(std::max(rest, 1e-9) / sum)));
+    for (std::int64_t i = 0; i < layout.draws; ++i) {
+      const auto token = static_cast<std::size_t>(layout.top + i);
+      row.draws.push_back(static_cast<std::int64_t>(token));
+      row.draw_log_p.push_back(static_cast<float>(std::log(p[token] / std::max(rest, 1e-9))));
+    }
+  }
+  return row;
+}
+
+std::shared_ptr<Transformer> cache_decoder(std::uint64_t seed = 5) {
+  std::shared_ptr<Transformer> model = tiny_llama(true, seed);
+  const at::NoGradGuard no_grad;
+  for (const NamedParameter& parameter : model->parameters())
+    if (parameter.value->dim() == 2) parameter.value->mul_(20);
+  return model;
+}
+
+std::vector<std::filesystem::path> parts_of(const std::filesystem::path& folder) {
+  std::vector<std::filesystem::path> out;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(folder))
+    if (entry.path().extension() == ".h5") out.push_back(entry.path());
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("bits are packed least significant first, for vocabularies of 2^k and of one more") {
+  const std::vector<std::int64_t> values{5, 0, 7, 2};
+  const auto bytes = pack_bits(values, 3);
+  REQUIRE(bytes.size() == 2);
+  CHECK(bytes[0] == std::byte{0b11000101});  // 101, 000, then the low two bits of 111
+  CHECK(bytes[1] == std::byte{0b00000101});
+  CHECK(unpack_bits(bytes, 4, 3) == values);
+  for (const std::int64_t vocabulary : {2, 3, 256, 257, 49152, 65536, 65537, 262144}) {
+    const int bits = SparseLayout{1, 1, 0, vocabulary}.id_bits();
+    INFO(vocabulary << " needs " << bits);
+    CHECK((std::int64_t{1} << bits) >= vocabulary);
+    CHECK((std::int64_t{1} << (bits - 1)) < vocabulary);
+    const std::vector<std::int64_t> ids{vocabulary - 1, 0, vocabulary / 2, 1, vocabulary - 1};
+    CHECK(unpack_bits(pack_bits(ids, bits), ids.size(), bits) == ids);
+  }
+  CHECK(SparseLayout{1, 1, 0, 1}.id_bits() == 1);
+  CHECK(pack_bits({}, 9).empty());
+  CHECK_THROWS_AS(unpack_bits(bytes, 6, 3), std::logic_error);
+}
+
+TEST_CASE("a coded row comes back: tokens exactly, probabilities to a divergence far below any model's") {
+  const SparseLayout layout{40, 24, 6, 300};
+  const SparseRow row = zipf_row(layout, 3);
+  const auto frame = encode_sparse_row(row, layout);
+  const SparseRow back = decode_sparse_row(frame, layout, "test");
+  CHECK(back.ids == row.ids);
+  CHECK(back.draws == row.draws);
+  double worst = 0, mean = 0;
+  for (std::int64_t t = 0; t < layout.tokens; ++t) {
+    double kl = 0, sum = std::exp(back.log_rest[static_cast<std::size_t>(t)]), known = 0;
+    for (std::int64_t i = 0; i < layout.top; ++i) {
+      const auto at = static_cast<std::size_t>(t * layout.top + i);
+      known += std::exp(row.log_p[at]);
+      sum += std::exp(back.log_p[at]);
+      kl += std::exp(row.log_p[at]) * (row.log_p[at] - back.log_p[at]);
+    }
+    kl += (1 - known) * (row.log_rest[static_cast<std::size_t>(t)] - back.log_rest[static_cast<std::size_t>(t)]);
+    CHECK(sum == Approx(1).epsilon(1e-5));
+    worst = std::max(worst, kl);
+    mean += kl / static_cast<double>(layout.tokens);
+    for (std::int64_t i = 0; i < layout.draws; ++i) {
+      const auto at = static_cast<std::size_t>(t * layout.draws + i);
+      CHECK(back.draw_log_p[at] == Approx(row.draw_log_p[at]).margin(0.15));
+    }
+  }
+  CHECK(worst < 2e-4);  // half the square of the largest step of a gap, 0.02
+  CHECK(mean < 3e-5);
+  CHECK(mean > -1e-6);
+  CHECK(frame.size() <= layout.packed_bytes() + 32);
+  // A single known token, no draws, and a teacher that is certain.
+  const SparseLayout one{2, 1, 0, 5};
+  const SparseRow certain = decode_sparse_row(encode_sparse_row({{4, 0}, {}, {0, -0.7f}, {-90, std::log(1 - std::exp(-0.7f))}, {}}, one), one, "test");
+  CHECK(certain.log_p[0] == Approx(0).margin(1e-6));
+  CHECK(certain.log_p[1] == Approx(-0.7).epsilon(1e-3));
+  CHECK(certain.log_rest[0] == Approx(-17));
+}
+
+TEST_CASE("damaged rows are refused") {
+  const SparseLayout layout{8, 4, 2, 50};
+  auto frame = encode_sparse_row(zipf_row(layout, 4), layout);
+  CHECK(contains_all(error_text([&] { decode_sparse_row(std::span(frame).first(frame.size() - 3), layout, "part.h5: row 3"); }), {"damaged", "part.h5: row 3"}));
+  CHECK(contains_all(error_text([&] { decode_sparse_row({}, layout, "here"); }), {"here"}));
+  SparseLayout other = layout;
+  other.top = 5;
+  CHECK(contains_all(error_text([&] { decode_sparse_row(frame, other, "here"); }), {"here"}));
+  for (const std::size_t at : {std::size_t{0}, frame.size() / 2, frame.size() - 1}) {  // the checksum of the frame sees a flipped bit
+    auto flipped = frame;
+    flipped[at] ^= std::byte{4};
+    CHECK(contains_all(error_text([&] { decode_sparse_row(flipped, layout, "here"); }), {"here"}));
+  }
+  SparseLayout small = layout;
+  small.vocabulary = 40;  // as many bits, fewer tokens
+  SparseRow row = zipf_row(layout, 4);
+  row.ids[2] = 49;
+  CHECK(contains_all(error_text([&] { decode_sparse_row(encode_sparse_row(row, layout), small, "here"); }), {"token 49", "0 to 39"}));
+}
+
+TEST_CASE("the cache gives the live teacher's likeliest tokens, the rest and draws from it") {
+  const TaskData data = tiny_text();
+  const TemporaryFolder folder;
+  const auto model = cache_decoder();
+  const auto cached = sparse_teacher(model, data, 16, {6, 4}, folder.path());
+  const auto live = live_teacher(model);
+  cached->prepare({});
+  live->prepare({});
+  TrainOptions options = tiny_options();
+  options.batch_size = 3;
+  options.sequence_length = 16;
+  const StepBatches batches(data, options, 1);
+  const at::NoGradGuard no_grad;
+  const TokenBatch batch = batches.micro_batches(0).at(0);
+  const TeacherTargets a = cached->targets(batch), b = live->targets(batch);
+  CHECK(!b.logits.defined());
+  const at::Tensor log_p = at::log_softmax(at::matmul(b.hidden, b.head_weight.t()), -1);
+  const auto [best, ids] = log_p.topk(6, -1);
+  CHECK(at::equal(a.sparse.ids, ids));
+  CHECK(at::allclose(a.sparse.log_p, best, 0, 0.05));
+  CHECK(at::allclose(a.sparse.log_rest.exp(), 1 - best.exp().sum(-1), 0, 2e-3));
+  CHECK(at::allclose(a.sparse.log_p.exp().sum(-1) + a.sparse.log_rest.exp(), at::ones({3, 16}), 0, 1e-5));
+  CHECK(a.sparse.vocabulary == 50);
+  CHECK(a.sparse.draws.unsqueeze(-1).eq(a.sparse.ids.unsqueeze(-2)).any().item<bool>() == false);  // the rest is what is not among the likeliest
+  CHECK(at::allclose(a.sparse.draw_log_p, log_p.gather(-1, a.sparse.draws) - a.sparse.log_rest.unsqueeze(-1), 0, 0.15));
+  // Asked again, in any company: the same.
+  TokenBatch again = batches.micro_batches(0).at(0);
+  const TeacherTargets c = cached->targets(again);
+  CHECK(at::equal(c.sparse.log_p, a.sparse.log_p));
+  CHECK(at::equal(c.sparse.draws, a.sparse.draws));
+}
+
+TEST_CASE("draws of the cache are unbiased: over many rows their shares are the teacher's probabilities") {
+  // One text in every row, so that all rows have one distribution at each position.
+  TaskData data;
+  data.kind = TaskData::Kind::text;
+  data.hash = "repeated";
+  data.train_documents = {std::vector<std::int64_t>(4 * 400, 9)};
+  const TemporaryFolder folder;
+  const auto model = cache_decoder();
+  const auto cached = sparse_teacher(model, data, 4, {3, 2}, folder.path());
+  cached->prepare({});
+  TrainOptions options = tiny_options();
+  options.batch_size = 400;
+  options.sequence_length = 4;
+  const TeacherTargets targets = cached->targets(StepBatches(data, options, 1).micro_batches(0).at(0));
+  const at::NoGradGuard no_grad;
+  const auto live = live_teacher(model);
+  live->prepare({});
+  const TeacherTargets full = live->targets(StepBatches(data, options, 1).micro_batches(0).at(0));
+  at::Tensor p = at::softmax(at::matmul(full.hidden[0][2], full.head_weight.t()), -1);
+  p.index_fill_(0, targets.sparse.ids[0][2], 0);
+  p /= p.sum();
+  const at::Tensor draws = targets.sparse.draws.select(1, 2).flatten();  // 800 draws at position 2
+  const at::Tensor share = at::bincount(draws, {}, 50).to(at::kFloat) / 800;
+  const at::Tensor deviations = (share - p).abs() / (p * (1 - p) / 800).sqrt().clamp_min(1e-3);
+  CHECK(deviations.max().item<double>() < 4.5);  // standard errors, the largest of 47
+}
+
+TEST_CASE("a cache grows, is resumed, and is read while it grows") {
+  const TaskData data = tiny_text(6, 400);
+  const TemporaryFolder folder;
+  const auto model = cache_decoder();
+  TrainOptions options = tiny_options();
+  options.batch_size = 2;
+  options.sequence_length = 16;
+  const StepBatches batches(data, options, 1);
+  const auto batch = [&](std::int64_t step) { return batches.micro_batches(step).at(0); };
+  auto first = sparse_teacher(model, data, 16, {6, 2}, folder.path());
+  first->prepare({});
+  const TeacherTargets a = first->targets(batch(0));
+  CHECK(parts_of(folder.path()).empty());  // not yet enough for a part
+  first.reset();
+  REQUIRE(parts_of(folder.path()).size() == 1);
+  const std::string bytes = read_text(parts_of(folder.path())[0]);
+
+  auto reader = sparse_teacher(model, data, 16, {6, 2}, folder.path());
+  reader->prepare({});
+  CHECK(at::equal(reader->targets(batch(0)).sparse.log_p, a.sparse.log_p));
+  {
+    const auto writer = sparse_teacher(model, data, 16, {6, 2}, folder.path());
+    writer->prepare({});
+    writer->targets(batch(1));
+  }
+  CHECK(parts_of(folder.path()).size() == 2);
+  reader->targets(batch(1));  // there since: read, not computed
+  reader.reset();
+  CHECK(parts_of(folder.path()).size() == 2);
+
+  // Other options, data or teacher: another folder. The same again: the same bytes.
+  sparse_teacher(model, data, 16, {6, 4}, folder.path())->prepare({});
+  TaskData other = data;
+  other.hash = "other";
+  CHECK(sparse_teacher(model, other, 16, {6, 2}, folder.path())->fingerprint() != sparse_teacher(model, data, 16, {6, 2}, folder.path())->fingerprint());
+  CHECK(sparse_teacher(cache_decoder(6), data, 16, {6, 2}, folder.path())->fingerprint() != sparse_teacher(model, data, 16, {6, 2}, folder.path())->fingerprint());
+  const TemporaryFolder fresh;
+  auto repeated = sparse_teacher(model, data, 16, {6, 2}, fresh.path());
+  repeated->prepare({});
+  repeated->targets(batch(0));
+  repeated.reset();
+  CHECK(read_text(parts_of(fresh.path()).at(0)) == bytes);
+}
+
+TEST_CASE("the text cache refuses what does not belong to it") {
+  const TaskData data = tiny_text(6, 400);
+  const TemporaryFolder folder;
+  const auto model = cache_decoder();
+  TrainOptions options = tiny_options();
+  options.batch_size = 2;
+  options.sequence_length = 16;
+  const TokenBatch batch = StepBatches(data, options, 1).micro_batches(0).at(0);
+  const auto open = [&](const TaskData& set) { return sparse_teacher(model, set, 16, {6, 2}, folder.path()); };
+  {
+    const auto cache = open(data);
+    CHECK(contains_all(error_text([&] { cache->prepare({"layer.0.output"}); }), {"layer.0.output", "cache"}));
+    cache->prepare({});
+    cache->targets(batch);
+    TokenBatch longer = batch;
+    longer.columns = 8;
+    CHECK(contains_all(error_text([&] { cache->targets(longer); }), {"rows of 16 tokens", "8"}));
+  }
+  const auto part = parts_of(folder.path()).at(0);
+  {
+    const auto cache = open(data);
+    cache->prepare({});
+    TokenBatch changed = batch;
+    changed.ids[3] += 1;
+    CHECK(contains_all(error_text([&] { cache->targets(changed); }), {"another text", "part-"}));
+  }
+  // A part of another cache, copied in.
+  TaskData other = data;
+  other.hash = "other";
+  {
+    const auto cache = open(other);
+    cache->prepare({});
+    cache->targets(batch);
+  }
+  std::filesystem::path foreign;
+  for (const auto& path : parts_of(folder.path()))
+    if (path != part) foreign = path;
+  const auto copied = part.parent_path() / "part-copied.h5";
+  std::filesystem::copy_file(foreign, copied);
+  CHECK(contains_all(error_text([&] { open(data)->prepare({}); }), {"part-copied.h5", "another teacher's cache"}));
+  std::filesystem::remove(copied);
+  // Cut short.
+  const std::string bytes = read_text(part);
+  for (const std::size_t size : {bytes.size() - 1, bytes.size() / 2, std::size_t{100}, std::size_t{0}}) {
+    std::ofstream(part, std::ios::binary | std::ios::trunc).write(bytes.data(), static_cast<std::streamsize>(size));
+    INFO(size << " of " << bytes.size() << " bytes");
+    CHECK(contains_all(error_text([&] {
+                         const auto cache = open(data);
+                         cache->prepare({});
+                         cache->targets(batch);
+                       }),
+                       {"part-"}));
+  }
+}
