@@ -47,8 +47,8 @@ std::int64_t benchmark_token(std::int64_t i, std::int64_t vocabulary) { return (
 void loss_alone(const Transformer& model, std::int64_t rows) {
   const HeadWeights head = head_weights(model);
   const at::Tensor weight = head.weight.detach().clone().requires_grad_(), hidden = at::randn({rows, weight.size(1)}).requires_grad_(), teacher = at::randn({rows, weight.size(1)});
+  const bool reset = reset_peak_memory();  // first: it gives freed memory back, which would count as a base
   const std::int64_t base = current_memory_bytes();
-  const bool reset = reset_peak_memory();
   const LogitLoss& row = *find_logit_loss("forward_kl");
   double value = 0;
   const Figures f = measured([&] {
@@ -127,8 +127,8 @@ int main(int argc, char** argv) {
     const Figures fill = measured([&] { distill(*copy, options, first); });
     std::printf("with an empty cache: %.2f cpu s\n", fill.cpu);
   }
-  const std::int64_t base = current_memory_bytes();
   reset_peak_memory();
+  const std::int64_t base = current_memory_bytes();
   const Figures f = measured([&] { distill(*student, options, context); });
   const double tokens = static_cast<double>(steps * batch * length);
   std::printf("%lld steps of %lld x %lld, %s%s%s: %.1f tokens per cpu second (%.1f a second), peak %.0f MiB, %.0f MiB of them for models that were there\n", static_cast<long long>(steps), static_cast<long long>(batch),

@@ -106,6 +106,7 @@ void RunSession::load_current(const fs::path& paging) {
   current_.tokenizer = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : position_.folder);
   check_tokenizer_fits(*current_.tokenizer, current_.model->config(), position_.folder.string());
   current_.masks = load_masks(position_.folder);
+  check_masks_fit(current_.masks, *current_.model, position_.folder);
   current_.quantized.clear();
   if (has_quantized(position_.folder)) {
     const QuantizedModel quantized = load_quantized(position_.folder);

@@ -112,14 +112,20 @@ void run_finetune(const Node& node, StageRun& run) {
   run.current.quantized.clear();
 }
 
-void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model) {
+// With what only the task decides, which the check of the recipe does not know.
+DistillOptions read_distill(const Node& node, bool classification) {
   const auto options = read_stage<DistillOptions>(node);
+  Problems problems;
+  check_distill(options, classification, node.place, problems);
+  problems.throw_if_any("the stage's options are not valid");
+  return options;
+}
+
+void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model) {
+  const DistillOptions options = read_distill(node, input.recipe.is_classification());
   if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
   model.layer_map = student_layer_map(options.student, model.teacher.layers);
   if (options.has_cache) {
-    Problems problems;
-    check_distill(options, input.recipe.is_classification(), node.place, problems);
-    problems.throw_if_any("the stage's options are not valid");
     const SparseLayout row{1, std::min(options.cache.top, input.teacher.vocab), options.cache.tail, input.teacher.vocab};
     model.notes.push_back(str("the teacher's cache takes at most ", row.packed_bytes(), " bytes a token"));
   }
@@ -128,7 +134,7 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
 }
 
 void run_distill(const Node& node, StageRun& run) {
-  const auto options = read_stage<DistillOptions>(node);
+  const DistillOptions options = read_distill(node, run.context.data->kind == TaskData::Kind::classification);
   const std::int64_t before = run.current.model->config().layers;
   if (!options.student.keep_layers.empty()) {
     refuse_masks(run.context, "keep_layers makes a model of other layers");
@@ -138,9 +144,6 @@ void run_distill(const Node& node, StageRun& run) {
   }
   std::unique_ptr<TeacherSource> cache;
   if (options.has_cache) {
-    Problems problems;
-    check_distill(options, run.context.data->kind == TaskData::Kind::classification, node.place, problems);
-    problems.throw_if_any("the stage's options are not valid");
     cache = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, options.cache, store_folder(run.recipe.store, run.recipe.base) / "teacher-outputs");
     run.context.teacher = cache.get();
   }

@@ -12,7 +12,7 @@
 
 #include "core/error.h"
 #include "core/text.h"
-#include "model/parallel.h"
+#include "train/calibration.h"
 
 namespace kompakt {
 namespace {
@@ -27,18 +27,11 @@ void sparsegpt_subtract(float* w, const float* u, float e, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) w[i] -= u[i] * e;
 }
 
-// work(first, end) for chunks of rows. The split, and so every bit, is independent of the number of threads; a single chunk
-// runs on one thread, as each of several does.
+// work(first, end) for chunks of rows. The split, and so every bit, is independent of the number of threads.
 void sparsegpt_rows(std::int64_t rows, std::int64_t chunk, const std::function<void(std::int64_t, std::int64_t)>& work) {
-  const std::int64_t chunks = (rows + chunk - 1) / chunk;
-  if (chunks <= 1) {
-    const SingleThread single;
-    if (rows > 0) work(0, rows);
-    return;
-  }
-  at::parallel_for(0, chunks, 1, [&](std::int64_t begin, std::int64_t end) {
-    const at::NoGradGuard no_grad;  // a worker thread has its own mode
-    for (std::int64_t c = begin; c < end; ++c) work(c * chunk, std::min(rows, (c + 1) * chunk));
+  for_each_batch(c10::kCPU, static_cast<std::size_t>((rows + chunk - 1) / chunk), [&](std::size_t i) {
+    const std::int64_t first = static_cast<std::int64_t>(i) * chunk;
+    work(first, std::min(rows, first + chunk));
   });
 }
 

@@ -318,6 +318,8 @@ QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, cons
   Problems problems;
   check_tuning(model.config(), options, problems);
   problems.throw_if_any("the tuning cannot be done");
+  if (!context.masks.empty() && (options.tunes_model() || options.tunes_blocks()))
+    throw Error("tuning would fill weights that an earlier stage has pruned").at(context.title).allowed("method: qad, which keeps them zero while it trains").hint("remove tune and block_tune, or the masks of the stage prune");
   // What is scored is held out of everything: bases and methods see the rest of the text.
   StageContext inner = context;
   TaskData rest;
@@ -330,8 +332,6 @@ QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, cons
   }
   if (!plan) change_basis(model, options, objectives, inner);  // who made a plan has changed the basis before
   check_zeros(model, context, options.basis.basis);
-  if (!context.masks.empty() && (options.tunes_model() || options.tunes_blocks()))
-    throw Error("tuning would fill weights that an earlier stage has pruned").at(context.title).allowed("method: qad, which keeps them zero while it trains").hint("remove tune and block_tune, or the masks of the stage prune");
   return QuantizeRun(model, options, inner, plan, text).run(objectives);
 }
 

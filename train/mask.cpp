@@ -107,6 +107,16 @@ WeightMasks load_masks(const std::filesystem::path& folder) {
   return masks;
 }
 
+void check_masks_fit(const WeightMasks& masks, Transformer& model, const std::filesystem::path& folder) {
+  if (masks.empty()) return;
+  std::map<std::string, at::IntArrayRef> shapes;
+  for (const Linear* linear : model.linears()) shapes[linear->name] = linear->weight.sizes();
+  for (const auto& [name, mask] : masks)
+    if (const auto found = shapes.find(name); found == shapes.end() || found->second != mask.sizes())
+      throw Error("the mask \"" + name + "\" fits no linear layer of the model").at((folder / mask_file_name).string()).given(str("[", mask.size(0), ", ", mask.size(1), "]"))
+          .allowed(found == shapes.end() ? str("names such as ", shapes.begin()->first) : str("[", found->second[0], ", ", found->second[1], "]")).hint("the file belongs to another model: delete it to go on without masks");
+}
+
 void refuse_masks(const StageContext& context, const char* what) {
   if (context.masks.empty()) return;
   throw Error(str(what, ", and the masks of an earlier prune stage are made for the present shapes")).at(context.title).hint("put prune: {unstructured: ...} behind the stages that change shapes");

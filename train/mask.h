@@ -21,6 +21,9 @@ void apply_masks(Transformer& model, const WeightMasks& masks);
 void save_masks(const WeightMasks& masks, const std::filesystem::path& folder);
 WeightMasks load_masks(const std::filesystem::path& folder);  // empty without the file
 
+// Error when a mask fits no linear of `model`: the folder holds the masks of another one.
+void check_masks_fit(const WeightMasks& masks, Transformer& model, const std::filesystem::path& folder);
+
 // A stage that changes shapes cannot carry masks along: Error that says so and names the order that works.
 void refuse_masks(const StageContext& context, const char* what);
 

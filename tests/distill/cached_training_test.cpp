@@ -73,7 +73,7 @@ TEST_CASE("gradient of forward KL from the cache against the live teacher, on th
     SparseCacheOptions options;
     double least;
   };
-  // Measured: see the messages; the bounds leave room for another machine's rounding only.
+  // Measured: cosine 0.999999, 0.99967 and 0.99835.
   for (const Case& c : {Case{{64, 32}, 0.9995}, Case{{16, 16}, 0.998}, Case{{8, 8}, 0.99}}) {
     const TemporaryFolder folder;
     const auto cached = sparse_teacher(teacher, data, 128, c.options, folder.path());

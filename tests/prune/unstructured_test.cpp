@@ -191,6 +191,15 @@ TEST_CASE("masks survive their file") {
   std::filesystem::remove_all(folder);
 }
 
+TEST_CASE("masks of another model are named, with what would fit") {
+  const auto model = testing::tiny_decoder(2);
+  const std::string name = model->linears()[0]->name;
+  const at::Tensor fits = at::ones(model->linears()[0]->weight.sizes(), at::kBool);
+  CHECK_NOTHROW(check_masks_fit({{name, fits}}, *model, "folder"));
+  CHECK(contains_all(error_text([&] { check_masks_fit({{name, at::ones({3, 5}, at::kBool)}}, *model, "folder"); }), {name.c_str(), "[3, 5]", "masks.h5", "another model"}));
+  CHECK(contains_all(error_text([&] { check_masks_fit({{"no.such", fits}}, *model, "folder"); }), {"no.such", "names such as"}));
+}
+
 TEST_CASE("skipped matrices stay as they are") {
   SparseStage stage("skip", tiny_text());
   const auto model = tiny_decoder(3);

@@ -261,6 +261,7 @@ TEST_CASE("block tuning in the stage: closer outputs, the same bytes for threads
       const Json& blocks = tuned.details.at("blocks");
       REQUIRE(blocks.size() == 3);
       for (const Json& block : blocks) CHECK(block.at("error_after").get<double>() <= block.at("error_before").get<double>());
+      // A few percent with 20 iterations: behind TriFit, which solves for the same output, little is left.
       CHECK(blocks[0].at("error_after").get<double>() < blocks[0].at("error_before").get<double>());
       for (const auto& [name, q] : tuned.result.tensors) CHECK(at::equal(*find_quantizable(*tuned.model, name).weight, decode(tuned.result.plan.tensors.at(name), q)));
       for (const Json& row : tuned.details.at("layers")) CHECK_FALSE(row.contains("block"));
