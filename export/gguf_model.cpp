@@ -51,7 +51,7 @@ std::uint32_t gguf_file_type(const std::vector<GgufTensor>& tensors) {
     std::string_view type;
     std::uint32_t value;
   };
-  constexpr Row rows[] = {{"F32", 0}, {"F16", 1}, {"Q4_0", 2}, {"Q4_1", 3}, {"Q8_0", 7}, {"Q5_0", 8}, {"Q5_1", 9}, {"IQ4_NL", 25}, {"TQ1_0", 36}, {"TQ2_0", 37}};
+  constexpr Row rows[] = {{"F32", 0}, {"F16", 1}, {"Q4_0", 2}, {"Q4_1", 3}, {"Q8_0", 7}, {"Q5_0", 8}, {"Q5_1", 9}, {"Q2_K", 10}, {"Q3_K", 12}, {"Q4_K", 15}, {"Q5_K", 17}, {"Q6_K", 18}, {"IQ4_NL", 25}, {"IQ4_XS", 30}, {"TQ1_0", 36}, {"TQ2_0", 37}};
   std::map<std::string_view, std::size_t> bytes;
   for (const GgufTensor& tensor : tensors) bytes[tensor.type->name] += tensor.name == "token_embd.weight" ? 0 : tensor.bytes.size();
   const auto most = std::max_element(bytes.begin(), bytes.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
@@ -135,6 +135,8 @@ std::vector<std::string> gguf_obstacles(const ModelConfig& config, const std::ma
   if (config.family->encoder) obstacles.push_back("GGUF export is for decoders; this model is an encoder (take format kompakt)");
   if (config.rope.scaling == "yarn") obstacles.push_back("rotary scaling \"yarn\" is not written to GGUF");
   if (config.rope.local_theta > 0 && config.family->name != "gemma3") obstacles.push_back("two rotary bases have no keys in this architecture");
+  if (config.sub_norms) obstacles.push_back("sub-norms (quantize.subln) have no place in this architecture's GGUF files (take format kompakt)");
+  for (const std::string& sentence : rounding_obstacles(config, "GGUF")) obstacles.push_back(sentence);
   if (!obstacles.empty()) return obstacles;
   const Transformer shapes(config, 0, c10::Device(c10::kMeta));
   for (const auto& [name, value] : shapes.parameters()) {

@@ -13,6 +13,8 @@ namespace kompakt {
 
 namespace {
 
+constexpr const char* config_own_type = "kompakt_";  // in front of model_type where the family alone does not describe the model
+
 // Reads one config.json; collects what is missing or wrong into one Error.
 class ConfigReader {
  public:
@@ -191,7 +193,8 @@ void config_read_biases(ConfigReader& in, ModelConfig& c) {
 
 ModelConfig config_from_json(const Json& json, const std::string& place) {
   if (!json.is_object()) throw Error("config.json must hold an object").at(place);
-  const auto type = json_get<std::string>(json, "model_type", place);
+  auto type = json_get<std::string>(json, "model_type", place);
+  if (starts_with(type, config_own_type)) type = type.substr(std::string_view(config_own_type).size());
   ModelConfig c;
   c.family = find_family(type);
   if (!c.family) {
@@ -236,6 +239,7 @@ ModelConfig config_from_json(const Json& json, const std::string& place) {
     config_read_no_rope(in, c);
   }
   config_read_biases(in, c);
+  if (in.has("kompakt")) c.sub_norms = json_get_or<bool>(json.at("kompakt"), "sub_norms", place, false);
   config_check_activation(in, c);
   if (family.name == "gemma3") {
     c.embedding_scale = std::sqrt(static_cast<double>(c.hidden));
@@ -263,6 +267,11 @@ Json config_to_json(const ModelConfig& c) {
   const std::string plain = architectures.at(family.name);
   out["architectures"] = Json::array({classifier && c.pooling == "pooler" ? "BertForSequenceClassification" : plain});
   out["model_type"] = family.model_types.front();
+  if (c.sub_norms) {  // under the family's own name other programs would load the rest and compute something else
+    out["architectures"] = Json::array({str("Kompakt", out["architectures"][0].get<std::string>())});
+    out["model_type"] = str(config_own_type, family.model_types.front());
+    out["kompakt"]["sub_norms"] = true;
+  }
   out["num_hidden_layers"] = c.layers;
   out["hidden_size"] = c.hidden;
   out["intermediate_size"] = c.ffn;
@@ -348,6 +357,7 @@ ParameterCount count_parameters(const ModelConfig& c) {
   if (c.mlp_bias) block += mlps * c.ffn + c.hidden;
   if (family.qk_norm) block += 2 * c.head_dim;
   if (family.sandwich_norms) block += 2 * norm;
+  if (c.sub_norms) block += inner + c.ffn;
   ParameterCount count;
   count.embedding = c.vocab * c.hidden + c.type_vocab * c.hidden + (family.learned_positions ? c.max_positions * c.hidden : 0);
   count.total = count.embedding + c.layers * block + norm;  // one norm after the embedding (encoder) or at the end (decoder)

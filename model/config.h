@@ -28,6 +28,7 @@ struct ModelConfig {
   double norm_eps = 1e-5;
   bool tied = false;               // head shares the embedding (decoders)
   bool qkv_bias = false, out_bias = false, mlp_bias = false;
+  bool sub_norms = false;          // SubLN: an RMSNorm in front of the output and the down projection of every block
   RopeConfig rope;
   std::vector<std::int64_t> sliding_window;  // [layers], 0 = full attention; empty = all full
   std::vector<std::int64_t> no_rope;         // [layers], 1 = no rotary embedding (SmolLM3); empty = all rotary

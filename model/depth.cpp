@@ -21,6 +21,8 @@ void depth_rename(Block& block, const Block& place) {
   take(block.attention.output, place.attention.output);
   take(block.attention.query_norm, place.attention.query_norm);
   take(block.attention.key_norm, place.attention.key_norm);
+  take(block.attention.sub_norm, place.attention.sub_norm);
+  take(block.mlp.sub_norm, place.mlp.sub_norm);
   take(block.mlp.gate, place.mlp.gate);
   take(block.mlp.up, place.mlp.up);
   take(block.mlp.down, place.mlp.down);

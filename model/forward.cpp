@@ -70,7 +70,7 @@ at::Tensor forward_attention(const at::Tensor& q, const at::Tensor& k, const at:
 // True when a sink asks for a value between the input and the output of a block: such a block cannot be thrown away.
 bool forward_taps_inside(const Block& block, std::int64_t layer, const TapSink* taps) {
   if (!taps) return false;
-  for (const char* what : {"query", "key", "value", "context", "ffn"})
+  for (const char* what : {"query", "key", "value", "cached_key", "context", "ffn"})
     if (taps->wants(str("layer.", layer, ".", what))) return true;
   const Attention& a = block.attention;
   for (const Linear* linear : {&a.query, &a.key, &a.value, &a.output, &block.mlp.gate, &block.mlp.up, &block.mlp.down})
@@ -186,6 +186,9 @@ at::Tensor Transformer::attend(std::int64_t layer, const at::Tensor& x, const Co
     q = apply_rope(q, rope);
     k = apply_rope(k, rope);
   }
+  forward_offer(taps, layer, "cached_key", k);
+  if (a.key_transform) k = a.key_transform(k);
+  if (a.value_transform) v = a.value_transform(v);
   if (cache) {
     if (cache->layers.size() <= i) cache->layers.resize(i + 1);
     auto& [past_k, past_v] = cache->layers[i];
@@ -200,8 +203,9 @@ at::Tensor Transformer::attend(std::int64_t layer, const at::Tensor& x, const Co
   const std::int64_t group = a.heads / a.kv_heads;
   const at::Tensor merged = forward_attention(q, forward_repeat_heads(k, group), forward_repeat_heads(v, group), local ? context.mask_local : context.mask,
                                               local ? context.causal_local : context.causal, context.plain, context.lengths, scale);
-  forward_offer(taps, layer, "context", merged);
-  return merged;
+  const at::Tensor out = a.sub_norm.weight.defined() ? a.sub_norm.forward(merged) : merged;
+  forward_offer(taps, layer, "context", out);
+  return out;
 }
 
 at::Tensor Transformer::attention_input(std::int64_t layer, const at::Tensor& x) const {
@@ -227,8 +231,9 @@ at::Tensor Transformer::mlp_input(std::int64_t layer, const at::Tensor& h) const
 at::Tensor Transformer::mlp_inner(std::int64_t layer, const at::Tensor& in, TapSink* taps) const {
   const std::string_view activation = config_.family->activation;
   const Mlp& mlp = blocks[static_cast<std::size_t>(layer)].mlp;
-  if (!mlp.gate.weight.defined()) return forward_activate(activation, mlp.up.forward(in, taps));
-  return forward_activate(activation, mlp.gate.forward(in, taps)) * mlp.up.forward(in, taps);
+  at::Tensor inner = forward_activate(activation, (mlp.gate.weight.defined() ? mlp.gate : mlp.up).forward(in, taps));
+  if (mlp.gate.weight.defined()) inner = inner * mlp.up.forward(in, taps);
+  return mlp.sub_norm.weight.defined() ? mlp.sub_norm.forward(inner) : inner;
 }
 
 at::Tensor Transformer::after_mlp(std::int64_t layer, const at::Tensor& h, const at::Tensor& inner, TapSink* taps) const {

@@ -12,6 +12,7 @@
 #include "core/text.h"
 #include "model/families.h"
 #include "model/parallel.h"
+#include "model/rounding.h"
 
 namespace kompakt {
 
@@ -42,11 +43,13 @@ void walk_parameters(Model& model, const Visit& visit) {
     module(block.attention.output);
     module(block.attention.query_norm);
     module(block.attention.key_norm);
+    module(block.attention.sub_norm);
     if (family.post_norm) module(block.attention_norm);
     module(block.post_attention_norm);
     if (!family.post_norm) module(block.mlp_norm);
     module(block.mlp.gate);
     module(block.mlp.up);
+    module(block.mlp.sub_norm);
     module(block.mlp.down);
     if (family.post_norm) module(block.mlp_norm);
     module(block.post_mlp_norm);
@@ -90,6 +93,19 @@ class TransformerBuilder {
     return part;
   }
 
+  // RMS in every family, LayerNorm ones included: what the projection sees is scaled, its mean stays.
+  Norm sub_norm(std::string_view role, std::int64_t size, std::int64_t layer) const {
+    Norm part = norm(role, size, layer);
+    part.bias = at::Tensor();
+    part.rms = true;
+    return part;
+  }
+
+  void add_sub_norms(Block& b, std::int64_t i) const {
+    b.attention.sub_norm = sub_norm("block.attention_sub_norm", config_.heads * config_.head_dim, i);
+    b.mlp.sub_norm = sub_norm("block.mlp_sub_norm", config_.ffn, i);
+  }
+
   Block block(std::int64_t i) const {
     const ModelConfig& c = config_;
     const std::int64_t inner = c.heads * c.head_dim, inner_kv = c.kv_heads * c.head_dim;
@@ -114,6 +130,7 @@ class TransformerBuilder {
     if (family_.gated_mlp) b.mlp.gate = linear("block.gate", c.hidden, c.ffn, c.mlp_bias, i);
     b.mlp.up = linear("block.up", c.hidden, c.ffn, c.mlp_bias, i);
     b.mlp.down = linear("block.down", c.ffn, c.hidden, c.mlp_bias, i);
+    if (c.sub_norms) add_sub_norms(b, i);
     return b;
   }
 
@@ -152,6 +169,7 @@ Transformer::Transformer(ModelConfig config, std::uint64_t seed, c10::Device dev
     if (c.pooling == "pooler") pooler = build.linear("pooler", c.hidden, c.hidden, true);
     classifier = build.linear("classifier", c.hidden, static_cast<std::int64_t>(c.labels.size()), true);
   }
+  install_rounding(*this);
   if (device.is_meta()) return;
   for (NamedParameter& parameter : parameters()) {
     at::Tensor& value = *parameter.value;
@@ -222,6 +240,17 @@ std::unique_ptr<Transformer> Transformer::clone() const {
   for (std::size_t i = 0; i < into.size(); ++i) *into[i].value = from[i].second.detach().clone();
   if (tokens.compacted()) copy->tokens.weight = tokens.full_weight().detach();
   return copy;
+}
+
+void Transformer::add_sub_norms() {
+  if (config_.sub_norms) throw std::logic_error("add_sub_norms: the model has them");
+  config_.sub_norms = true;
+  const TransformerBuilder build(config_, device());
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    build.add_sub_norms(blocks[i], static_cast<std::int64_t>(i));
+    for (Norm* norm : {&blocks[i].attention.sub_norm, &blocks[i].mlp.sub_norm})
+      norm->weight.fill_(norm->plus_one ? 0.0 : 1.0).requires_grad_(blocks[i].attention.output.weight.requires_grad());
+  }
 }
 
 void Transformer::add_classifier(std::vector<std::string> labels, const std::string& pooling) {

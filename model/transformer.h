@@ -30,12 +30,15 @@ struct Norm {
 struct Attention {
   Linear query, key, value, output;
   Norm query_norm, key_norm;  // per head (Qwen3, Gemma 3); weight undefined when absent
+  Norm sub_norm;              // [H*hd] SubLN, in front of the output projection; weight undefined when absent
+  InputTransform key_transform, value_transform;  // of keys (after rotation) and values [B,Hkv,T,hd]: what a cache holds; empty = identity
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0;
 };
 
 struct Mlp {
   Linear gate;      // weight undefined when the MLP is not gated (BERT)
   Linear up, down;  // BERT: up = intermediate.dense, down = output.dense
+  Norm sub_norm;    // [f] SubLN, in front of the down projection; weight undefined when absent
 };
 
 struct Block {
@@ -101,6 +104,9 @@ class Transformer {
   void requires_grad(bool on);
   std::unique_ptr<Transformer> clone() const;             // deep copy of weights; transforms are not copied
   void add_classifier(std::vector<std::string> labels, const std::string& pooling);  // weights zero
+  // SubLN (Wang et al. 2022; BitNet b1.58 2B4T and BitDistill in front of ternary projections): RMSNorms with gains of one, which
+  // change what the model computes. std::logic_error when it has them.
+  void add_sub_norms();
 
   Embedding tokens;
   at::Tensor positions;       // [max_positions, d] learned positions (BERT) or undefined

@@ -8,14 +8,24 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/log.h"
 #include "core/text.h"
+#include "distill/cross_tokenizer.h"
 #include "distill/stage.h"
+#include "distill/vocabularies.h"
 #include "export/exporters.h"
+#include "model/checkpoint.h"
+#include "model/rounding.h"
 #include "pipeline/budget_target.h"
 #include "pipeline/recipe.h"
+#include "pipeline/search.h"
+#include "pipeline/shape_target.h"
 #include "pipeline/stage_options.h"
 #include "pipeline/store.h"
+#include "pipeline/task_data.h"
+#include "prune/shape_planner.h"
 #include "prune/stage.h"
+#include "quantize/activation_rounding.h"
 #include "quantize/budget.h"
 #include "quantize/kl_tune.h"
 #include "quantize/methods.h"
@@ -48,12 +58,14 @@ Node check_stage(const Node& node, const std::string& context, Problems& problem
   Options options;
   read_fields(node, context, problems, [&](FieldVisitor& v) { fields(v, options); });
   if constexpr (requires { options.objective; }) {
-    const std::size_t before = problems.size();
-    if (!options.objective.is_null()) build_objectives(options.objective, {}, problems);
-    if constexpr (std::is_same_v<Options, DistillOptions>)
-      if (problems.size() == before) check_distill(options, false, node.place, problems);
+    if constexpr (std::is_same_v<Options, DistillOptions>) check_distill(options, false, node.place, problems);
+    else if (!options.objective.is_null()) build_objectives(options.objective, {}, problems);
   }
-  if constexpr (std::is_same_v<Options, QuantizeOptions>) check_budget(options, node.place.text(), problems);
+  if constexpr (std::is_same_v<Options, QuantizeOptions>) {
+    check_budget(options, node.place.text(), problems);
+    check_grid_training(options, std::nullopt, node.place.text(), problems);
+  }
+  if constexpr (std::is_same_v<Options, SearchOptions>) check_search(options, node.place.text(), problems);
   if constexpr (std::is_same_v<Options, ExportOptions>) {
     for (const std::string& format : options.formats)
       if (!find_exporter(format)) problems.add(Error(str("unknown format \"", format, "\" in ", context, did_you_mean(format, exporter_names()))).at(node.place.text()).allowed(join(exporter_names(), ", ")));
@@ -101,15 +113,34 @@ std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, Stage
 }
 
 void plan_finetune(const Node& node, const PlanInput& input, PlannedModel& model) {
+  set_rounding(model.config, RuntimeRounding());  // weights change, and with them what is rounded how
   const auto options = read_stage<FinetuneOptions>(node);
   if (!model.config.is_classifier() && input.recipe.is_classification()) model.config.labels.assign(1, "label");
   add_training(input, options.train, nullptr, model);
+  model.layer_map.clear();
   model.bytes = float_bytes(model.config);
 }
 
 void run_finetune(const Node& node, StageRun& run) {
+  set_rounding(*run.current.model, RuntimeRounding());
   finetune(*run.current.model, read_stage<FinetuneOptions>(node), run.context);
+  run.context.layer_map.clear();  // the result is the teacher from here on: every layer follows itself
   run.current.quantized.clear();
+}
+
+// What both tokenizers have in common; an Error where the objectives, or the teacher's texts, need more.
+VocabularyComparison compare_students(const DistillOptions& options, const Tokenizer& student, const ModelConfig& config, const Tokenizer& teacher, const ModelConfig& teacher_config) {
+  const VocabularyComparison out = compare_vocabularies(student, config.vocab, teacher, teacher_config.vocab);
+  if (!crosses_tokenizers(options.objective)) check_comparable(out, "stage \"distill\"");
+  if (options.has_teacher_text && !out.comparable()) throw Error("the teacher's texts are in its own tokens, which are not the student's").at("stage \"distill\"").given(out.text()).hint("remove teacher_text, or use a student with the teacher's tokenizer");
+  return out;
+}
+
+// Of a student that is another model.
+std::vector<std::int64_t> other_layer_map(const StudentOptions& options, const ModelConfig& student, const ModelConfig& teacher) {
+  if (options.layer_map.empty()) return even_layer_map(student.layers, teacher.layers);
+  check_layer_map(options.layer_map, student.layers, teacher.layers);
+  return options.layer_map;
 }
 
 // With what only the task decides, which the check of the recipe does not know.
@@ -122,9 +153,20 @@ DistillOptions read_distill(const Node& node, bool classification) {
 }
 
 void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model) {
+  set_rounding(model.config, RuntimeRounding());
   const DistillOptions options = read_distill(node, input.recipe.is_classification());
   if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
-  model.layer_map = student_layer_map(options.student, model.teacher.layers);
+  if (options.student.model.empty()) {
+    model.layer_map = student_layer_map(options.student, model.teacher.layers);
+  } else {
+    const std::filesystem::path path = input.recipe.path_of(options.student.model);
+    model.config = load_config(path);
+    model.layer_map = other_layer_map(options.student, model.config, model.teacher);
+    if (input.tokenizer) model.notes.push_back(compare_students(options, *load_tokenizer(path), model.config, *input.tokenizer, model.teacher).text());
+  }
+  if (options.has_on_policy) check_completion_length(options.on_policy, options.on_policy.prompt_tokens, options.train.sequence_length, model.config.max_positions, "stage \"distill\"");
+  if (options.has_teacher_text) check_completion_length(options.teacher_text, options.teacher_text.prompt_tokens, options.train.sequence_length, model.teacher.max_positions, "stage \"distill\"");
+  if (options.has_on_policy || options.has_teacher_text) model.notes.push_back("the time to write texts is not in the prediction");
   if (options.has_cache) {
     const SparseLayout row{1, std::min(options.cache.top, input.teacher.vocab), options.cache.tail, input.teacher.vocab};
     model.notes.push_back(str("the teacher's cache takes at most ", row.packed_bytes(), " bytes a token"));
@@ -134,25 +176,55 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
 }
 
 void run_distill(const Node& node, StageRun& run) {
+  set_rounding(*run.current.model, RuntimeRounding());
   const DistillOptions options = read_distill(node, run.context.data->kind == TaskData::Kind::classification);
   const std::int64_t before = run.current.model->config().layers;
+  std::unique_ptr<TokenizedData> own;  // the data in the tokens of a student that is another model
+  if (!options.student.model.empty()) {
+    const std::filesystem::path path = run.recipe.path_of(options.student.model);
+    run.current = {load_model(path), load_tokenizer(path), {}, {}};
+    check_tokenizer_fits(*run.current.tokenizer, run.current.model->config(), path.string());
+    run.current.model->to(run.context.device);
+    own = tokenize_data(run.recipe, load_data(run.recipe), *run.current.tokenizer, run.current.model->config());
+    run.context.data = &own->task;
+    run.context.masks.clear();
+    run.context.layer_map = other_layer_map(options.student, run.current.model->config(), run.teacher->config());
+  }
   if (!options.student.keep_layers.empty()) {
     refuse_masks(run.context, "keep_layers makes a model of other layers");
     // Layers are counted in the teacher; the teacher's weights are where the student starts.
     run.current.model = make_student(*run.current.model, options.student);
     run.context.layer_map = student_layer_map(options.student, before);
   }
-  std::unique_ptr<TeacherSource> cache;
-  if (options.has_cache) {
-    cache = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, options.cache, store_folder(run.recipe.store, run.recipe.base) / "teacher-outputs");
-    run.context.teacher = cache.get();
+  std::unique_ptr<TeacherSource> source;
+  const std::filesystem::path outputs = store_folder(run.recipe.store, run.recipe.base) / "teacher-outputs";
+  if (run.context.data->kind == TaskData::Kind::text && run.teacher && run.teacher_tokenizer) {
+    const VocabularyComparison common = compare_students(options, *run.current.tokenizer, run.current.model->config(), *run.teacher_tokenizer, run.teacher->config());
+    if (run.context.details) (*run.context.details)["vocabularies"] = common.json();
+    if (crosses_tokenizers(options.objective)) {
+      log_info(str(run.context.title, ": ", common.text()));
+      source = cross_tokenizer_teacher(run.teacher, *run.current.tokenizer, *run.teacher_tokenizer);
+    }
+  }
+  if (options.has_cache) source = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, options.cache, outputs);
+  if (source) run.context.teacher = source.get();
+  std::unique_ptr<BatchSampler> writer;
+  if (options.has_teacher_text) {
+    writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title});
+    run.context.sampler = writer.get();
   }
   distill(*run.current.model, options, run.context);
   run.current.quantized.clear();
 }
 
 void plan_prune(const Node& node, const PlanInput& input, PlannedModel& model) {
+  set_rounding(model.config, RuntimeRounding());
   const auto options = read_stage<PruneOptions>(node);
+  if (options.has_structured || options.has_vocabulary) {
+    const ShapeTarget target = shape_target(input.recipe, input.stage, *input.tokenizer, input.pruned_tokenizer);
+    check_shape(model.config, options, target);
+    model.shapes = shapes_json(plan_shapes(model.config, options, target, options.has_vocabulary ? input.vocabulary_kept : 0));
+  }
   model.config = pruned_config(model.config, options);
   if (options.has_vocabulary && input.vocabulary_kept > 0) model.config.vocab = input.vocabulary_kept;
   if (options.has_recover) add_training(input, options.recover, &options.objective, model);
@@ -160,6 +232,7 @@ void plan_prune(const Node& node, const PlanInput& input, PlannedModel& model) {
 }
 
 void run_prune(const Node& node, StageRun& run) {
+  set_rounding(*run.current.model, RuntimeRounding());
   const auto options = read_stage<PruneOptions>(node);
   if (options.has_structured || options.has_unstructured || options.has_recover) prune(*run.current.model, options, options.has_recover ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{}, run.context);
   if (options.has_vocabulary) {
@@ -178,10 +251,18 @@ void run_prune(const Node& node, StageRun& run) {
 }
 
 void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model) {
+  set_rounding(model.config, RuntimeRounding());
   const auto options = read_stage<QuantizeOptions>(node);
+  Problems problems;
+  check_grid_training(options, input.recipe.is_classification(), node.place.text(), problems);
+  problems.throw_if_any("the stage's options are not valid");
   model.budget_bytes = 0;
+  if (options.subln) model.config.sub_norms = true;
   const auto add_trainings = [&] {
-    if (options.method == "qad") add_training(input, options.train, &options.objective, model);
+    if (options.method == "qad") {
+      if (options.has_pretrain) add_training(input, options.pretrain, nullptr, model);
+      add_training(input, options.train, &options.objective, model);
+    }
     if (options.tunes_model() && input.calibration_windows > 0) add_training(input, kl_train_options(options, input.calibration_windows, input.calibration_length), &options.objective, model);
   };
   if (options.has_budget) {
@@ -189,6 +270,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
     const Transformer shapes(model.config, 0, c10::Device(c10::kMeta));
     const BudgetFrame frame = budget_frame(model.config, options, budget_target(input.recipe, shapes, *input.tokenizer, true));
     model.quantized = frame.smallest, model.budget_bytes = frame.limit;
+    set_rounding(model.config, planned_rounding(model.config, options, model.quantized));
     model.notes.push_back(frame.note());
     add_trainings();
     model.bytes = float_bytes(model.config);
@@ -197,6 +279,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   const QuantizationPlan plan = plan_quantization(model.config, options);
   model.config = basis_config(model.config, options.basis);
   model.quantized = plan.tensors;
+  set_rounding(model.config, planned_rounding(model.config, options, model.quantized));
   model.notes.insert(model.notes.end(), plan.fallbacks.begin(), plan.fallbacks.end());
   add_trainings();
   model.bytes = float_bytes(model.config);
@@ -214,6 +297,7 @@ void round_others_to_half(Transformer& model, const QuantizedModel& quantized) {
 }
 
 void run_quantize(const Node& node, StageRun& run) {
+  set_rounding(*run.current.model, RuntimeRounding());
   const auto options = read_stage<QuantizeOptions>(node);
   const auto objectives = options.method == "qad" || options.tunes_model() ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{};
   const QuantizedModel result = options.has_budget ? quantize_within_budget(*run.current.model, options, objectives, run.context, budget_target(run.recipe, *run.current.model, *run.current.tokenizer, options.others == "f16"))
@@ -258,13 +342,14 @@ EvaluateOptions evaluate_options(const Recipe& recipe) {
 }
 
 std::span<const StageRow> stage_rows() {
-  static constexpr std::array<StageRow, 6> rows = {{
+  static constexpr std::array<StageRow, 7> rows = {{
       {"finetune", "trains the model on the labels; the result is the teacher of the stages after it", true, false, true, describe_stage<FinetuneOptions>, check_stage<FinetuneOptions>, plan_finetune, run_finetune},
       {"distill", "trains a smaller student under the teacher", true, true, true, describe_stage<DistillOptions>, check_stage<DistillOptions>, plan_distill, run_distill},
       {"prune", "removes neurons, heads, layers and vocabulary for real", false, false, true, describe_stage<PruneOptions>, check_stage<PruneOptions>, plan_prune, run_prune},
       {"quantize", "puts the weights on a grid of few values, after training or while training", false, false, true, describe_stage<QuantizeOptions>, check_stage<QuantizeOptions>, plan_quantize, run_quantize},
       {"export", "writes the artifact, reopens it and proves that it computes the same", false, false, false, describe_stage<ExportOptions>, check_stage<ExportOptions>, plan_export, run_export},
       {"evaluate", "how every model on the way is measured", false, false, false, describe_stage<EvaluateOptions>, check_stage<EvaluateOptions>, plan_evaluate, run_evaluate},
+      {"search", "finds layers, widths, heads, vocabulary and formats together under a budget of bytes, memory, time or energy, and cuts the model to them", false, false, true, describe_stage<SearchOptions>, check_stage<SearchOptions>, plan_search, run_search},
   }};
   return rows;
 }
@@ -280,6 +365,18 @@ bool works_by_blocks(const RecipeStage& stage) {
   if (stage.row->name != "quantize") return false;
   const auto options = read_stage<QuantizeOptions>(stage.options);
   return !find_quantization_method(options.method)->needs_train && !options.tunes_model();
+}
+
+std::optional<TrainOptions> trains_on_all_ranks(const RecipeStage& stage) {
+  if (stage.row->name == "finetune") return read_stage<FinetuneOptions>(stage.options).train;
+  if (stage.row->name == "distill") return read_stage<DistillOptions>(stage.options).train;
+  if (stage.row->name == "prune") {
+    const auto options = read_stage<PruneOptions>(stage.options);
+    return options.has_recover ? std::optional(options.recover) : std::nullopt;
+  }
+  if (stage.row->name != "quantize") return std::nullopt;
+  const auto options = read_stage<QuantizeOptions>(stage.options);
+  return find_quantization_method(options.method)->needs_train && !options.tunes_model() ? std::optional(options.train) : std::nullopt;
 }
 
 std::vector<std::string> stage_names() {

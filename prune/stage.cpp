@@ -17,6 +17,7 @@
 #include "prune/structured.h"
 #include "train/mask.h"
 #include "train/objective.h"
+#include "train/optimizer.h"
 
 namespace kompakt {
 namespace {
@@ -41,9 +42,11 @@ double stage_share_kept(const at::Tensor& scores, const std::vector<std::int64_t
   return all > 0 ? scores.index_select(0, at::tensor(at::ArrayRef<std::int64_t>(kept), at::kLong)).sum().item<double>() / all : 1;
 }
 
-Json stage_importance(const PruneOptions& options, const UnitScores& scores, const std::vector<KeptUnits>& kept, std::size_t examples) {
+}  // namespace
+
+Json describe_importance(const std::string& criterion, const UnitScores& scores, const std::vector<KeptUnits>& kept, std::size_t examples) {
   Json out = Json::object();
-  out["criterion"] = options.criterion;
+  out["criterion"] = criterion;
   out["samples"] = examples;
   out["ffn"] = Json::array();
   out["heads"] = Json::array();
@@ -62,14 +65,43 @@ Json stage_importance(const PruneOptions& options, const UnitScores& scores, con
   return out;
 }
 
-// A layer that stays answers for the removed ones behind it as well: the next kept layer must see its original input.
-std::vector<std::int64_t> stage_layer_map(const std::vector<std::int64_t>& map, const std::vector<std::int64_t>& gone) {
+std::vector<std::int64_t> layer_map_without(const std::vector<std::int64_t>& map, const std::vector<std::int64_t>& gone) {
   std::vector<std::int64_t> out;
   for (std::size_t i = 0; i < map.size(); ++i) {
     if (std::find(gone.begin(), gone.end(), static_cast<std::int64_t>(i)) == gone.end()) out.push_back(map[i]);
     else if (!out.empty()) out.back() = map[i];
   }
   return out;
+}
+
+namespace {
+
+std::vector<std::string> stage_sparse_linears(Transformer& model, const UnstructuredOptions& options) {
+  std::vector<std::string> all, out;
+  for (const Linear* linear : model.linears()) all.push_back(linear->name);
+  for (const std::string& pattern : options.skip)
+    if (std::none_of(all.begin(), all.end(), [&](const std::string& name) { return matches_pattern(name, pattern); })) throw Error(str("no linear of the blocks matches the pattern \"", pattern, "\"", did_you_mean(pattern, all))).at("unstructured.skip").given(pattern).allowed(str("names such as ", all.front(), "; * stands for anything"));
+  for (const std::string& name : all)
+    if (std::none_of(options.skip.begin(), options.skip.end(), [&](const std::string& pattern) { return matches_pattern(name, pattern); })) out.push_back(name);
+  if (out.empty()) throw Error("every matrix is skipped: nothing is left to prune").at("unstructured.skip").given(join(options.skip, ", "));
+  return out;
+}
+
+// Masks that grew in the training go where those of a cut at once go: into the context, and into the report.
+void stage_keep_grown(Transformer& model, const PruneOptions& options, WeightMasks grown, StageContext& context) {
+  Json rows = Json::array();
+  std::int64_t weights = 0, zeros = 0;
+  for (const Linear* linear : model.linears()) {
+    const auto found = grown.find(linear->name);
+    if (found == grown.end()) continue;
+    const std::int64_t all = found->second.numel(), gone = all - found->second.sum().item<std::int64_t>();
+    rows.push_back(Json{{"layer", linear->name}, {"sparsity", static_cast<double>(gone) / static_cast<double>(all)}});
+    weights += all, zeros += gone;
+    if (const auto earlier = context.masks.find(linear->name); earlier != context.masks.end()) earlier->second = earlier->second.to(at::kCPU).logical_and(found->second);
+    else context.masks[linear->name] = std::move(found->second);
+  }
+  if (context.details) (*context.details)["sparsity"] = Json{{"criterion", "magnitude"}, {"pattern", shortest(options.unstructured.sparsity)}, {"schedule", options.schedule.type}, {"refit", "none"}, {"weights", weights}, {"zeros", zeros}, {"layers", rows}, {"dense", Json::array()}};
+  log_info(str(context.title, ": ", fixed(100.0 * static_cast<double>(zeros) / static_cast<double>(std::max<std::int64_t>(1, weights)), 2), "% of ", rows.size(), " matrices is zero (grown during the recovery, ", options.schedule.type, ")"));
 }
 
 // Objectives are made before the cut: those that look at layers would look at the wrong ones after some are gone.
@@ -100,8 +132,8 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
   Json removed = Json::object();
   if (structured.layers > 0) {
     const std::vector<std::int64_t> gone = remove_layers(model, structured.layers, batches, structured.depth);
+    context.layer_map = layer_map_without(context.layer_map.empty() ? left : context.layer_map, gone);  // empty: layer i follows layer i
     std::erase_if(left, [&](std::int64_t layer) { return std::find(gone.begin(), gone.end(), layer) != gone.end(); });
-    if (!context.layer_map.empty()) context.layer_map = stage_layer_map(context.layer_map, gone);
     removed["layers"] = gone;
     removed["depth"] = {before.layers, model.config().layers};
     log_info(str(context.title, ": removed ", gone.size(), " of ", before.layers, " layers (", structured.depth, ")"));
@@ -118,7 +150,7 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
       removed["heads"].push_back({i, before.heads, after.heads});
     }
     if (after.kv_heads < before.kv_heads && before.kv_heads < before.heads) removed["kv_heads"] = {before.kv_heads, after.kv_heads};
-    if (context.details) (*context.details)["importance"] = stage_importance(options, scores, kept, examples);
+    if (context.details) (*context.details)["importance"] = describe_importance(options.criterion, scores, kept, examples);
     log_info(str(context.title, ": feed-forward ", before.ffn, " -> ", after.ffn, ", heads ", before.heads, " -> ", after.heads, " (", options.criterion, ", ", examples, " examples)"));
   }
   if (to_stream && (after.layers < before.layers || after.ffn < before.ffn || after.heads < before.heads)) {
@@ -147,16 +179,19 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
   visitor.section("vocabulary", options.has_vocabulary, "rows of the embedding that no training text uses are removed, the tokenizer is rewritten", [&](FieldVisitor& inner) {
     inner.integer("first_ids", options.vocabulary.first_ids, "keep all ids below this besides the used ones (vocabularies are sorted by frequency)", {.min = 0.0});
     inner.integer("max_positions", options.vocabulary.max_positions, "rows of learned position embeddings to keep: the longest text in tokens; 0 = all", {.min = 0.0});
+    inner.integer("multiple_of", options.vocabulary.multiple_of, "fill the kept ids up to a multiple of this, with the lowest of those that would go", {.min = 1.0});
   });
   visitor.choice("criterion", options.criterion, "importance of a neuron or head", criterion_names());
   visitor.integer("samples", options.samples, "training examples or calibration windows that importance is measured on", {.min = 1.0});
   visitor.integer("multiple_of", options.multiple_of, "feed-forward widths are rounded to a multiple (256 suits all GGUF types)", {.min = 1.0});
   visitor.choice("compensate", options.compensate, "least-squares refit of output and down projections after the cut: to their own outputs (ls), or to the residual stream of the uncut model, removed layers included (stream)", {"none", "ls", "stream"});
+  visitor.section("schedule", options.has_schedule, "the sparsity of unstructured grows during the recovery, by magnitude, instead of at once before it", [&](FieldVisitor& inner) { fields(inner, options.schedule); });
   visitor.section("recover", options.has_recover, "training after the cut", [&](FieldVisitor& inner) { fields(inner, options.recover); });
   visitor.subtree("objective", options.objective, "objectives of the recovery, as in distill");
 }
 
 ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options) {
+  check_schedule(options);
   ModelConfig out = config;
   if (options.has_vocabulary && options.vocabulary.max_positions > 0 && config.family->learned_positions) out.max_positions = std::min(out.max_positions, options.vocabulary.max_positions);
   if (!options.has_structured) {
@@ -177,6 +212,17 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
   return out;
 }
 
+void check_schedule(const PruneOptions& options) {
+  if (!options.has_schedule) return;
+  const auto refuse = [](const char* what, const std::string& given, const char* hint) { throw Error(what).at("prune.schedule").given(given).hint(hint); };
+  if (!options.has_unstructured || options.unstructured.sparsity == 0) refuse("a schedule makes the sparsity of single weights grow", options.unstructured.pattern.empty() ? "no unstructured.sparsity" : str("pattern ", options.unstructured.pattern), "write unstructured: {sparsity: 0.5, criterion: magnitude}; N:M patterns are made at once");
+  if (!options.has_recover) refuse("the sparsity grows while the model trains", "no recover", "add recover: {epochs: 1}, or leave the schedule out");
+  if (options.unstructured.criterion != "magnitude" || options.unstructured.refit != "none") refuse("weights that go during training are chosen by their magnitude", str("criterion ", options.unstructured.criterion, ", refit ", options.unstructured.refit), "write criterion: magnitude, refit: none");
+  if (options.schedule.begin >= options.schedule.end) refuse("the sparsity would have no time to grow", str("begin ", shortest(options.schedule.begin), ", end ", shortest(options.schedule.end)), "choose begin below end");
+  if (options.schedule.initial >= options.unstructured.sparsity) refuse("the sparsity would not grow", str("initial ", shortest(options.schedule.initial), " of ", shortest(options.unstructured.sparsity)), "choose an initial sparsity below unstructured.sparsity");
+  if (options.recover.stop_after > 0 || options.recover.keep == "best") refuse("a training that ends early, or goes back to an earlier state, would not have the whole sparsity", options.recover.stop_after > 0 ? "recover.stop_after" : "recover.keep: best", "leave it out");
+}
+
 bool prunes_by_blocks(const PruneOptions& options) { return options.has_unstructured && !options.has_structured && !options.has_vocabulary && !options.has_recover; }
 
 void prune(Transformer& model, const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context) {
@@ -185,7 +231,8 @@ void prune(Transformer& model, const PruneOptions& options, const std::vector<st
     refuse_masks(context, "structured pruning cuts matrices");
     stage_cut(model, options, context);
   }
-  if (options.has_unstructured) {
+  check_schedule(options);
+  if (options.has_unstructured && !options.has_schedule) {
     check_unstructured(model.config(), options.unstructured);
     prune_unstructured(model, options.unstructured, options.samples, context);
   }
@@ -196,7 +243,11 @@ void prune(Transformer& model, const PruneOptions& options, const std::vector<st
   std::vector<std::shared_ptr<Objective>> losses = objectives;
   if (losses.empty()) losses.push_back(label_cross_entropy(options.recover.label_smoothing));
   else if (options.recover.label_smoothing > 0) throw Error("label_smoothing of the recovery would not be used").at(context.title).given(str(options.recover.label_smoothing)).hint("write it into the objective: {labels: cross_entropy, label_smoothing: ...}");
-  const TrainResult result = train(model, options.recover, losses, {}, context);
+  std::vector<std::shared_ptr<Constraint>> constraints;
+  WeightMasks grown;
+  if (options.has_schedule) constraints.push_back(gradual_masks(options.schedule, options.unstructured.sparsity, stage_sparse_linears(model, options.unstructured), grown));
+  const TrainResult result = train(model, options.recover, losses, constraints, context);
+  if (options.has_schedule) stage_keep_grown(model, options, std::move(grown), context);
   if (context.details) (*context.details)["recovery"] = {{"steps", result.steps}, {"final_loss", result.final_loss}, {"seconds", result.seconds}};
 }
 

@@ -72,6 +72,13 @@ void structured_keep_columns(Linear& linear, const std::vector<std::int64_t>& co
   linear.weight = linear.weight.detach().index_select(1, structured_index(columns, linear.weight)).contiguous();
 }
 
+// A mean over the units that stay: with this gain, units that were zero are gone without a trace.
+void structured_keep_gains(Norm& norm, const std::vector<std::int64_t>& units) {
+  if (!norm.weight.defined() || static_cast<std::int64_t>(units.size()) == norm.weight.numel()) return;
+  const double share = static_cast<double>(units.size()) / static_cast<double>(norm.weight.numel()), shift = norm.plus_one ? 1 : 0;
+  norm.weight = (norm.weight.detach().index_select(0, structured_index(units, norm.weight)) + shift) / std::sqrt(share) - shift;
+}
+
 void structured_check_kept(const Transformer& model, const std::vector<KeptUnits>& kept) {
   if (kept.size() != model.blocks.size()) throw std::logic_error("cut_units: one entry a layer is needed");
   for (const KeptUnits& units : kept) {
@@ -167,12 +174,14 @@ void cut_units(Transformer& model, const std::vector<KeptUnits>& kept) {
     structured_keep_rows(mlp.gate, units.ffn);
     structured_keep_rows(mlp.up, units.ffn);
     structured_keep_columns(mlp.down, units.ffn);
+    structured_keep_gains(mlp.sub_norm, units.ffn);
     Attention& attention = model.blocks[layer].attention;
     const std::vector<std::int64_t> queries = structured_dimensions(units.heads, attention.head_dim), keys = structured_dimensions(units.kv_heads, attention.head_dim);
     structured_keep_rows(attention.query, queries);
     structured_keep_rows(attention.key, keys);
     structured_keep_rows(attention.value, keys);
     structured_keep_columns(attention.output, queries);
+    structured_keep_gains(attention.sub_norm, queries);
     attention.heads = static_cast<std::int64_t>(units.heads.size());
     attention.kv_heads = static_cast<std::int64_t>(units.kv_heads.size());
   }

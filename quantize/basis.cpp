@@ -73,6 +73,10 @@ void basis_hadamard(BasisChange& change) {
     rotate_residual(model, rotation.matrix);
     change.parts.push_back("residual stream rotated: " + rotation.construction);
   }
+  if (model.config().sub_norms) {
+    change.notes.push_back("values not rotated: the sub-norm in front of the output projection has a gain of its own for every channel");
+    return;
+  }
   std::string construction;
   rotate_values(model, [&](std::int64_t layer, std::int64_t head) {
     Rotation rotation = random_rotation(model.config().head_dim, seed, str("basis.values.", layer, ".", head));

@@ -286,9 +286,8 @@ BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& optio
     BudgetTensor row{tensor.name, tensor.weight->size(0), tensor.weight->size(1), {}};
     for (std::size_t s = 0; s < specs.size(); ++s) {
       std::string why;
-      const std::int64_t group = specs[s].group_for(row.columns);
-      bool fits = row.columns % group == 0;
-      if (!fits) why = str("rows of ", row.columns, " do not divide into groups of ", group);
+      bool fits = row.columns % specs[s].span_for(row.columns) == 0;
+      if (!fits) why = str("rows of ", row.columns, " do not divide into ", grid_span_name(specs[s]));
       fits = fits && target.holds(specs[s], row.columns, why);
       if (fits)
         row.formats.push_back(specs[s]), used[s] = true;
@@ -334,7 +333,7 @@ QuantizedModel quantize_within_budget(Transformer& model, const QuantizeOptions&
   if (model.config().family->encoder && !model.config().is_classifier())
     throw Error("a budget weighs errors by the model's predictions, and this encoder makes none").at(context.title).hint("put finetune or distill before quantize, or name the grids (weights, embedding)");
   const auto start = std::chrono::steady_clock::now();
-  change_basis(model, options, objectives, context);
+  prepare_model(model, options, objectives, context);
   BudgetAllocation allocation(model, options, context, target, budget_frame(model.config(), options, target));
   allocation.measure();
   Json report = {{"limit", allocation.frame().limit}, {"format", target.format}, {"smallest_bytes", allocation.frame().smallest_bytes}, {"largest_bytes", allocation.frame().largest_bytes}};

@@ -167,7 +167,8 @@ std::vector<ScaleMapping> scale_mappings(Transformer& model, std::int64_t layer)
   std::vector<ScaleMapping> out;
   const bool pre_norm = fold_obstacle(model.config()).empty();
   if (pre_norm) out.push_back({block.attention_norm.name, &block.attention_norm, nullptr, {&a.query, &a.key, &a.value}, 1, 1, &a.output, "context"});
-  out.push_back({a.value.name, nullptr, &a.value, {&a.output}, a.kv_heads, a.heads / a.kv_heads});
+  // A sub-norm between two linears divides by a mean over all channels: scales do not pass.
+  if (!a.sub_norm.weight.defined()) out.push_back({a.value.name, nullptr, &a.value, {&a.output}, a.kv_heads, a.heads / a.kv_heads});
   if (pre_norm) {
     ScaleMapping mlp{block.mlp_norm.name, &block.mlp_norm, nullptr, {}, 1, 1, &block.mlp.down, "ffn"};
     if (block.mlp.gate.weight.defined()) mlp.readers.push_back(&block.mlp.gate);
@@ -175,7 +176,7 @@ std::vector<ScaleMapping> scale_mappings(Transformer& model, std::int64_t layer)
     out.push_back(mlp);
   }
   // Without a gate the activation function stands between the two.
-  if (block.mlp.gate.weight.defined()) out.push_back({block.mlp.up.name, nullptr, &block.mlp.up, {&block.mlp.down}});
+  if (block.mlp.gate.weight.defined() && !block.mlp.sub_norm.weight.defined()) out.push_back({block.mlp.up.name, nullptr, &block.mlp.up, {&block.mlp.down}});
   return out;
 }
 

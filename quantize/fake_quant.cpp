@@ -6,6 +6,10 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numbers>
 #include <stdexcept>
 
 #include "core/text.h"
@@ -13,6 +17,11 @@
 
 namespace kompakt {
 namespace {
+
+constexpr std::array gradual_rows = {
+    GradualSchedule{"linear", "in equal steps", [](double t) { return t; }},
+    GradualSchedule{"cosine", "along half a cosine: slow at both ends", [](double t) { return t < 1 ? 0.5 * (1 - std::cos(std::numbers::pi * t)) : 1.0; }},
+};
 
 struct StraightThrough : public torch::autograd::Function<StraightThrough> {
   static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& weight, const at::Tensor& rounded) {
@@ -24,12 +33,12 @@ struct StraightThrough : public torch::autograd::Function<StraightThrough> {
 
 class FakeQuantization final : public Constraint {
  public:
-  FakeQuantization(QuantizationPlan plan, double warmup) : plan_(std::move(plan)), warmup_(warmup) {}
+  FakeQuantization(QuantizationPlan plan, const GradualOptions& gradual) : plan_(std::move(plan)), share_(gradual.share), schedule_(*find_gradual_schedule(gradual.schedule)) {}
 
   std::string name() const override {
     std::string text = "fake_quantization";
     for (const auto& [tensor, spec] : plan_.tensors) text += str(" ", tensor, "=", spec.grid->name, ":", spec.group);
-    return warmup_ > 0 ? text + str(" warmup=", shortest(warmup_)) : text;
+    return share_ > 0 ? text + str(" gradual=", shortest(share_), " ", schedule_.name) : text;
   }
 
   void attach(Transformer& model) override {
@@ -56,8 +65,7 @@ class FakeQuantization final : public Constraint {
   }
 
   void before_forward(Transformer&, std::int64_t step, std::int64_t steps) override {
-    const double end = warmup_ * static_cast<double>(steps);
-    strength_ = end > 0 ? std::min(1.0, static_cast<double>(step + 1) / end) : 1.0;
+    strength_ = gradual_strength(schedule_, share_, step, steps);
     forget();
   }
 
@@ -81,7 +89,7 @@ class FakeQuantization final : public Constraint {
   at::Tensor round(const GridSpec& spec, const at::Tensor& weight) const {
     const at::NoGradGuard no_grad;
     const at::Tensor rounded = round_to_grid(spec, weight);
-    return strength_ < 1 ? weight + (rounded - weight) * strength_ : rounded;
+    return gradual_weight(weight, rounded, strength_);
   }
 
   at::Tensor apply(Slot& slot, const at::Tensor& weight) const {
@@ -91,7 +99,9 @@ class FakeQuantization final : public Constraint {
   }
 
   QuantizationPlan plan_;
-  double warmup_, strength_ = 1.0;
+  const double share_;
+  const GradualSchedule& schedule_;
+  double strength_ = 1.0;
   std::map<std::string, Slot> slots_;  // nodes of a map stay where they are: transforms hold references
 };
 
@@ -99,6 +109,33 @@ class FakeQuantization final : public Constraint {
 
 at::Tensor straight_through(const at::Tensor& weight, const at::Tensor& rounded) { return weight.requires_grad() && at::GradMode::is_enabled() ? StraightThrough::apply(weight, rounded) : rounded; }
 
-std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan, double warmup) { return std::make_shared<FakeQuantization>(plan, warmup); }
+std::span<const GradualSchedule> gradual_schedules() { return gradual_rows; }
+
+const GradualSchedule* find_gradual_schedule(std::string_view name) {
+  for (const GradualSchedule& row : gradual_rows)
+    if (row.name == name) return &row;
+  return nullptr;
+}
+
+std::vector<std::string> gradual_schedule_names() {
+  std::vector<std::string> names;
+  for (const GradualSchedule& row : gradual_rows) names.emplace_back(row.name);
+  return names;
+}
+
+double gradual_strength(const GradualSchedule& schedule, double share, std::int64_t step, std::int64_t steps) {
+  const double end = share * static_cast<double>(steps), done = static_cast<double>(step + 1);
+  return done < end ? schedule.strength(done / end) : 1.0;
+}
+
+at::Tensor gradual_weight(const at::Tensor& weight, const at::Tensor& rounded, double strength) {
+  const at::NoGradGuard no_grad;
+  return strength < 1 ? weight + (rounded - weight) * strength : rounded;
+}
+
+std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan, const GradualOptions& gradual) {
+  if (!find_gradual_schedule(gradual.schedule)) throw std::logic_error("fake_quantization: no gradual schedule " + gradual.schedule);
+  return std::make_shared<FakeQuantization>(plan, gradual);
+}
 
 }  // namespace kompakt

@@ -5,6 +5,8 @@
 #include "core/error.h"
 #include "core/text.h"
 #include "model/families.h"
+#include "quantize/activation_rounding.h"
+#include "quantize/fake_quant.h"
 #include "quantize/kl_tune.h"
 #include "quantize/methods.h"
 #include "quantize/stage.h"
@@ -62,6 +64,8 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.integer("polish_rounds", options.polish_rounds, "rounds of scale refit and coordinate descent after the sweep; trifit takes 4 when 0", {.min = 0, .max = 100});
   visitor.integer("calibration_sequences", options.calibration_sequences, "training examples or text windows that the method looks at", {.min = 1});
   visitor.section("budget", options.has_budget, "a size of the whole file: the grid of every tensor is chosen so that it fits and the predictions change least", [&](FieldVisitor& inner) { fields(inner, options.budget); });
+  visitor.section("activations", options.has_activations, "the inputs of quantized linears in blocks are rounded too, as a runtime with integer or FP8 products does", [&](FieldVisitor& inner) { fields(inner, options.activations); });
+  visitor.section("kv_cache", options.has_kv_cache, "keys and values are rounded, with calibrated scales per layer", [&](FieldVisitor& inner) { fields(inner, options.kv_cache); });
   visitor.choice("others", options.others, "type of tensors without a grid", {"f32", "f16"});
   visitor.choice("sweep_precision", options.sweep_precision, "number type of the inputs' second moments, of factorization and sweep", {"float32", "float64"});
   visitor.flag("bias_correction", options.bias_correction, "where a layer has a bias, codes are chosen for the covariance of its inputs and the bias takes the mean error");
@@ -70,7 +74,10 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.section("block_tune", options.has_block_tune, "after the method, every block: roundings and scales by sign descent towards the float block's output", [&](FieldVisitor& inner) { fields(inner, options.block_tune); });
   visitor.choice("tune", options.tune, "after that, the whole model towards the teacher's predictions: scales and norms, or latent weights too; the best by held-out text is kept", tune_mode_names());
   visitor.section("tuning", options.has_tuning, "how tune goes about it", [&](FieldVisitor& inner) { fields(inner, options.tuning); });
-  visitor.number("warmup_strength", options.warmup_strength, "method qad: share of the steps over which quantization fades in", {.min = 0, .max = 1});
+  visitor.flag("subln", options.subln, "method qad: RMSNorms in front of the output and the down projection, started so that they change the model least; format kompakt alone can hold them");
+  visitor.number("gradual", options.gradual, "method qad: share of the steps over which quantization fades in, of those of pretrain where that is given", {.min = 0, .max = 1});
+  visitor.choice("gradual_schedule", options.gradual_schedule, "course of its strength from 0 to 1", gradual_schedule_names());
+  visitor.section("pretrain", options.has_pretrain, "method qad on text: next-token training on the grid before the training under the teacher", [&](FieldVisitor& inner) { fields(inner, options.pretrain); });
   visitor.subtree("objective", options.objective, "method qad and tune: list of losses, as in distill");
   fields(visitor, options.train);  // method qad
 }
@@ -83,8 +90,23 @@ void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Pro
     problems.add(Error(str("method ", method->name, " trains on the grid itself")).at(key).given(str("method: ", method->name)).allowed("a method that does not train").hint("leave the key out, or take method: trifit"));
   if (const Grid* grid = find_grid(options.weights); grid && grid->levels && !options.has_budget)
     problems.add(Error(str("tuning moves between even levels, and those of grid \"", grid->name, "\" are not")).at(key).given(str("weights: ", grid->name)).hint("leave the key out, or take another grid of this size"));
+  if (const Grid* grid = find_grid(options.weights); grid && grid->kquant && !grid->levels && !options.has_budget)
+    problems.add(Error(str("tuning moves every scale on its own, and those of grid \"", grid->name, "\" are integers times one factor a super-block")).at(key).given(str("weights: ", grid->name)).hint("leave the key out, or take a grid of this size with free scales, such as q4_0, q5_0 or q2_0"));
   if (options.tunes_model() && (config.family->encoder || config.is_classifier()))
     problems.add(Error("tuning towards the teacher's predictions works on decoders and calibration text").at(key).given(config.is_classifier() ? "a classifier" : "an encoder").hint("method: qad trains on labelled examples under the teacher; block_tune needs neither"));
+}
+
+void check_grid_training(const QuantizeOptions& options, std::optional<bool> classification, const std::string& place, Problems& problems) {
+  const QuantizationMethod* method = find_quantization_method(options.method);
+  const auto needs_training = [&](bool asked, const char* key, const char* why) {
+    if (asked && method && !method->needs_train) problems.add(Error(str("\"", key, "\" ", why)).at(place).given(str("method: ", options.method)).allowed("method: qad").hint("leave the key out, or train on the grid"));
+  };
+  needs_training(options.subln, "subln", "puts norms into the model that only training can make use of");
+  needs_training(options.gradual > 0, "gradual", "fades quantization in while the model trains");
+  needs_training(options.has_pretrain, "pretrain", "trains on the grid");
+  if (options.gradual == 0 && options.gradual_schedule != "linear") problems.add(Error("\"gradual_schedule\" has nothing to shape").at(place).given("gradual: 0").allowed("a share above 0, such as gradual: 0.3"));
+  if (options.has_pretrain && options.pretrain.has_lora) problems.add(Error("lora trains adapters beside the weights, and pretrain trains the weights themselves on the grid").at(place).given("pretrain.lora").hint("remove lora"));
+  if (options.has_pretrain && classification.value_or(false)) problems.add(Error("\"pretrain\" predicts the next token, and the run has class labels").at(place).given("data of format classification").allowed("data of format text").hint("leave pretrain out; objective may hold {labels: cross_entropy}"));
 }
 
 QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOptions& options) {
@@ -102,14 +124,15 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
     const auto names = quantization_method_names();
     problems.add(Error(str("unknown method \"", options.method, "\"", did_you_mean(options.method, names))).at("quantize.method").given(options.method).allowed(join(names, ", ")));
   }
-  if (method && method->needs_asymmetric && !weights.asymmetric) {
+  if (method && method->needs_asymmetric && (!weights.asymmetric || weights.kquant)) {
     std::vector<std::string> names;
     for (const Grid& grid : grids())
-      if (grid.asymmetric) names.emplace_back(grid.name);
-    problems.add(Error(str("method ", method->name, " moves zero points, and grid \"", weights.name, "\" has none")).at("quantize.method").given(options.method).allowed(str("weights: ", join(names, ", "))).hint("take a grid with an offset, or method: rtn"));
+      if (grid.asymmetric && !grid.kquant) names.emplace_back(grid.name);
+    problems.add(Error(str("method ", method->name, " moves zero points, and grid \"", weights.name, weights.asymmetric ? "\" ties its minima together" : "\" has none")).at("quantize.method").given(options.method).allowed(str("weights: ", join(names, ", "))).hint("take a grid with an offset, or method: rtn"));
   }
   if (options.basis.untie && options.basis.basis != "hadamard") problems.add(Error(str("untie serves basis hadamard alone, and basis is ", options.basis.basis)).at("quantize.untie").given("true").allowed("false").hint("leave the key out"));
   check_tuning(config, options, problems);
+  check_activations(config, options, problems);
   problems.throw_if_any("the quantize stage cannot be planned");
 
   Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));
@@ -122,22 +145,22 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
     if (tensor.role == QuantizableRole::embedding && embedding) spec = {&embedding_grid, embedding_group}, key = "embedding";
     if (tensor.role == QuantizableRole::head && head) spec = {&head_grid, head_grid.default_group}, key = "head";
     if (!spec.grid || kept.count(tensor.name)) continue;
-    const std::int64_t columns = tensor.weight->size(1), group = spec.group_for(columns);
+    const std::int64_t columns = tensor.weight->size(1), group = spec.span_for(columns);
     if (columns % group != 0) {
       const GridSpec other{&fallback, fallback.default_group};
       if (!options.allow_fallback) {
-        problems.add(Error(str(tensor.name, " has rows of ", columns, " weights, which do not divide into groups of ", group, " (grid \"", spec.grid->name, "\")"))
+        problems.add(Error(str(tensor.name, " has rows of ", columns, " weights, which do not divide into ", grid_span_name(spec), " (grid \"", spec.grid->name, "\")"))
                          .at(str("quantize.", key))
                          .given(str(spec.grid->name, ", group ", group))
                          .allowed(str("groups of ", plan_divisors(columns)))
                          .hint(str("choose another group or grid, or set allow_fallback: true to store such tensors as ", options.fallback)));
         continue;
       }
-      if (columns % other.group_for(columns) != 0) {
+      if (columns % other.span_for(columns) != 0) {
         problems.add(Error(str(tensor.name, ": the fallback grid \"", fallback.name, "\" does not fit rows of ", columns, " either")).at("quantize.fallback").given(options.fallback).allowed("a grid with groups of whole rows, such as int8"));
         continue;
       }
-      plan.fallbacks.push_back(str(tensor.name, ": rows of ", columns, " do not divide into groups of ", group, ", stored as ", fallback.name, " instead of ", spec.grid->name));
+      plan.fallbacks.push_back(str(tensor.name, ": rows of ", columns, " do not divide into ", grid_span_name(spec), ", stored as ", fallback.name, " instead of ", spec.grid->name));
       spec = other;
     }
     plan.tensors[tensor.name] = spec;

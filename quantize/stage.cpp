@@ -15,14 +15,17 @@
 #include "core/system.h"
 #include "core/text.h"
 #include "model/paged.h"
+#include "quantize/activation_rounding.h"
 #include "quantize/basis.h"
 #include "quantize/block_tune.h"
 #include "quantize/factors.h"
+#include "quantize/fake_quant.h"
 #include "quantize/kl_tune.h"
 #include "quantize/layer_report.h"
 #include "quantize/masked.h"
 #include "quantize/methods.h"
 #include "quantize/records.h"
+#include "quantize/sub_norms.h"
 #include "quantize/tensors.h"
 #include "train/calibration.h"
 #include "train/loop.h"
@@ -48,7 +51,10 @@ class QuantizeRun {
   }
 
   QuantizedModel run(const std::vector<std::shared_ptr<Objective>>& objectives) {
-    if (method_.needs_train) train_on_grid(objectives);
+    if (method_.needs_train) {
+      round_while_training(model_, options_, result_.plan.tensors);
+      train_on_grid(objectives);
+    }
     at::NoGradGuard no_grad;
     std::map<std::string, at::Tensor> original;  // float weights, where latents start from them
     if (options_.tunes_model()) {
@@ -62,7 +68,11 @@ class QuantizeRun {
     else
       round_tensors(true);
     progress.finish(str(result_.tensors.size(), " tensors, ", human_bytes(static_cast<double>(packed_bytes_))));
-    if (options_.tunes_model()) tune_model(original, objectives);
+    if (options_.tunes_model()) {
+      round_while_training(model_, options_, result_.plan.tensors);
+      tune_model(original, objectives);
+    }
+    round_activations(model_, options_, result_.plan.tensors, context_);
     if (options_.layer_table) log_info(layer_table(layers_));
     describe();
     return std::move(result_);
@@ -71,8 +81,22 @@ class QuantizeRun {
  private:
   void train_on_grid(const std::vector<std::shared_ptr<Objective>>& objectives) {
     if (objectives.empty()) throw Error("method qad trains, and no loss is given").at(context_.title).hint("give quantize.objective a list of losses as in distill");
-    const TrainResult trained = train(model_, options_.train, objectives, {fake_quantization(result_.plan, options_.warmup_strength)}, context_);
-    if (context_.details) (*context_.details)["training"] = Json{{"steps", trained.steps}, {"final_loss", trained.final_loss}, {"dev_score", trained.dev_score}, {"seconds", trained.seconds}};
+    GradualOptions gradual{options_.gradual, options_.gradual_schedule};
+    if (options_.has_pretrain) {
+      Json details = Json::object();
+      StageContext inner = context_;
+      inner.title = context_.title + " pretrain", inner.work = context_.work / "pretrain", inner.details = &details;
+      const TrainResult trained = train(model_, options_.pretrain, {label_cross_entropy(options_.pretrain.label_smoothing)}, {fake_quantization(result_.plan, gradual)}, inner);
+      details["training"] = training_record(trained);
+      if (context_.details) (*context_.details)["pretrain"] = std::move(details);
+      gradual.share = 0;
+    }
+    const TrainResult trained = train(model_, options_.train, objectives, {fake_quantization(result_.plan, gradual)}, context_);
+    if (context_.details) (*context_.details)["training"] = training_record(trained);
+  }
+
+  static Json training_record(const TrainResult& trained) {
+    return Json{{"steps", trained.steps}, {"final_loss", trained.final_loss}, {"dev_score", trained.dev_score}, {"seconds", trained.seconds}};
   }
 
   // By rounding: the embedding, the heads and, with `linears`, the linears of blocks.
@@ -313,13 +337,24 @@ class QuantizeRun {
 
 }  // namespace
 
+void prepare_model(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context) {
+  if (options.subln) {
+    Json report = insert_sub_norms(model, options.calibration_sequences, options.train.sequence_length, context);
+    if (context.details) (*context.details)["sub_norms"] = std::move(report);
+  }
+  change_basis(model, options, objectives, context);
+}
+
 QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context, const QuantizationPlan* plan) {
   if (!find_quantization_method(options.method)) plan_quantization(model.config(), options);  // throws with the list of methods
   Problems problems;
   check_tuning(model.config(), options, problems);
-  problems.throw_if_any("the tuning cannot be done");
+  check_activations(model.config(), options, problems);
+  check_grid_training(options, context.data ? std::optional<bool>(context.data->kind == TaskData::Kind::classification) : std::nullopt, context.title, problems);
+  problems.throw_if_any("the stage cannot run as it is asked to");
   if (!context.masks.empty() && (options.tunes_model() || options.tunes_blocks()))
     throw Error("tuning would fill weights that an earlier stage has pruned").at(context.title).allowed("method: qad, which keeps them zero while it trains").hint("remove tune and block_tune, or the masks of the stage prune");
+  set_rounding(model, RuntimeRounding());  // that of an earlier stage is not this one's
   // What is scored is held out of everything: bases and methods see the rest of the text.
   StageContext inner = context;
   TaskData rest;
@@ -330,7 +365,7 @@ QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, cons
     rest.calibration = text.tuning;
     inner.data = &rest;
   }
-  if (!plan) change_basis(model, options, objectives, inner);  // who made a plan has changed the basis before
+  if (!plan) prepare_model(model, options, objectives, inner);  // who made a plan has done so before
   check_zeros(model, context, options.basis.basis);
   return QuantizeRun(model, options, inner, plan, text).run(objectives);
 }

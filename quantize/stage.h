@@ -4,10 +4,12 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/fields.h"
+#include "quantize/activation_options.h"
 #include "quantize/basis.h"
 #include "quantize/budget.h"
 #include "quantize/grids.h"
@@ -51,6 +53,10 @@ struct QuantizeOptions {
   bool has_budget = false;              // grids of all tensors are chosen under a byte budget
   BudgetOptions budget;
   std::string others = "f32";           // type of tensors without a grid: f32 | f16
+  bool has_activations = false;         // inputs of quantized linears in blocks are rounded
+  ActivationOptions activations;
+  bool has_kv_cache = false;            // keys and values are rounded
+  KvCacheOptions kv_cache;
   BasisOptions basis;
   bool allow_fallback = false;      // where a row does not fit the group: take the fallback grid and list it
   std::string fallback = "int8";
@@ -73,7 +79,11 @@ struct QuantizeOptions {
   bool tunes_blocks() const { return has_block_tune && block_tune.iterations > 0; }
   bool tunes_model() const { return tune != "none"; }
   // qad
-  double warmup_strength = 0;           // share of the steps over which quantization fades in
+  bool subln = false;                   // sub-norms in front of output and down projections (quantize/sub_norms.h)
+  double gradual = 0;                   // share of the steps over which quantization fades in, of pretrain's where that is given
+  std::string gradual_schedule = "linear";  // row of the table of gradual schedules (quantize/fake_quant.h)
+  bool has_pretrain = false;            // text: next-token training on the grid before the training under the teacher
+  TrainOptions pretrain;
   TrainOptions train;
   Node objective;                   // of method qad and of tune, as in distill
 };
@@ -86,6 +96,9 @@ struct QuantizationPlan {
 };
 // Tuning that the options ask for and that the model, the method or a grid named in them cannot have.
 void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
+// Keys of a training on the grid that the method, the data or each other do not allow. `classification`: whether the run has class
+// labels, where that is known.
+void check_grid_training(const QuantizeOptions& options, std::optional<bool> classification, const std::string& place, Problems& problems);
 // `config`: the shape before the change of basis.
 QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOptions& options);
 
@@ -95,9 +108,8 @@ struct QuantizedModel {
   std::map<std::string, Quantized> tensors;  // codes and scales by name
 };
 
-// Fake quantization during training: exact scales from the master weight at every step, straight-through gradient.
-// `warmup`: share of all steps over which the strength grows from 0 to 1 (weight + strength * (rounded - weight)).
-std::shared_ptr<Constraint> fake_quantization(const QuantizationPlan& plan, double warmup = 0);
+// What comes before grids are chosen: sub-norms where the options ask for them, then the change of basis.
+void prepare_model(Transformer& model, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context);
 
 // Puts decoded weights into `model` (so that it computes what will be deployed) and returns codes and scales.
 // The objective list for method qad and for tune is built by the pipeline from options.objective and handed in. tune without a

@@ -123,7 +123,7 @@ std::vector<NamedParameter> block_parameters(Block& block) {
     if (part.bias.defined()) out.push_back({part.name + ".bias", &part.bias});
   };
   for (Linear* linear : {&block.attention.query, &block.attention.key, &block.attention.value, &block.attention.output, &block.mlp.gate, &block.mlp.up, &block.mlp.down}) add(*linear);
-  for (Norm* norm : {&block.attention_norm, &block.mlp_norm, &block.post_attention_norm, &block.post_mlp_norm, &block.attention.query_norm, &block.attention.key_norm}) add(*norm);
+  for (Norm* norm : {&block.attention_norm, &block.mlp_norm, &block.post_attention_norm, &block.post_mlp_norm, &block.attention.query_norm, &block.attention.key_norm, &block.attention.sub_norm, &block.mlp.sub_norm}) add(*norm);
   return out;
 }
 

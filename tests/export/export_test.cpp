@@ -250,3 +250,25 @@ TEST_CASE("a model in another basis is a plain model of its family in every form
     }
   }
 }
+
+TEST_CASE("sub-norms are packed without loss, and formats that cannot hold them say so", "[export][subln]") {
+  for (const char* type : {"bert", "llama"}) {
+    ExportFixture fixture(type, "ternary", 0);
+    const std::int64_t plain = packed_file_bytes({fixture.model, {}, "test", false, {}});
+    fixture.model.add_sub_norms();
+    for (Block& block : fixture.model.blocks) block.mlp.sub_norm.weight = at::linspace(0.1, 3, block.mlp.sub_norm.weight.size(0));
+    const TemporaryFolder folder;
+    write_packed(fixture.request(), folder.path());
+    const auto reopened = reopen_packed(folder.path());
+    CHECK(reopened->config().sub_norms);
+    check_equal(fixture.model, *reopened);
+    ModelInput input;
+    input.ids = at::arange(12, at::kLong).unsqueeze(0);
+    const at::NoGradGuard no_grad;
+    CHECK(at::equal(reopened->forward(input), fixture.model.forward(input)));
+    CHECK(packed_file_bytes({fixture.model, {}, "test", false, {}}) > plain);
+    CHECK(packed_obstacles(fixture.model.config(), {}).empty());
+    CHECK(contains_all(join(plain_obstacles(fixture.model.config(), {}), ";"), {"sub-norms", "kompakt"}));
+    CHECK(contains_all(join(gguf_obstacles(fixture.model.config(), {}), ";"), {"sub-norms", "kompakt"}));
+  }
+}

@@ -100,6 +100,30 @@ TEST_CASE("units that nothing reads can go without a change of the logits") {
   }
 }
 
+TEST_CASE("units that are zero can go from under a sub-norm without a change of the logits") {
+  const auto model = tiny_decoder(3);
+  const at::NoGradGuard no_grad;
+  model->add_sub_norms();
+  stir(*model, 5);
+  auto kept = keep_everything(*model);
+  for (std::size_t i = 0; i < kept.size(); ++i) {
+    Block& block = model->blocks[i];
+    block.attention.sub_norm.eps = block.mlp.sub_norm.eps = 0;  // added to a mean, it weighs more the fewer units there are
+    for (const std::int64_t n : {2, 7, 30}) {
+      block.mlp.up.weight.select(0, n).zero_();
+      std::erase(kept[i].ffn, n);
+    }
+    block.attention.value.weight.narrow(0, 4, 4).zero_();  // the group 1
+    std::erase(kept[i].kv_heads, 1);
+    std::erase_if(kept[i].heads, [](std::int64_t h) { return h / 2 == 1; });
+  }
+  const at::Tensor before = logits_of(*model);
+  cut_units(*model, kept);
+  CHECK(model->blocks[0].attention.sub_norm.weight.numel() == 16);
+  CHECK(model->blocks[0].mlp.sub_norm.weight.numel() == 37);
+  CHECK(apart(logits_of(*model), before) < 1e-5);
+}
+
 TEST_CASE("one query head of every group can go where the groups stay") {
   const auto model = tiny_decoder(3);
   const at::NoGradGuard no_grad;

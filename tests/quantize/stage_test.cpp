@@ -150,7 +150,7 @@ TEST_CASE("fake quantization computes the deployed model, follows the weights, a
   constraint->detach(*model);
   CHECK(at::equal(stage_logits(*model, data), float_logits));
 
-  const auto gradual = fake_quantization(plan, 0.5);
+  const auto gradual = fake_quantization(plan, {0.5, "linear"});
   gradual->attach(*model);
   gradual->before_forward(*model, 0, 20);  // a tenth of the way
   const at::Tensor w = model->linears().front()->weight, effective = model->linears().front()->effective_weight();
