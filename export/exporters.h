@@ -79,5 +79,12 @@ std::int64_t gguf_tensor_bytes(const GridSpec& spec, std::int64_t rows, std::int
 std::int64_t gguf_model_bytes(const ArtifactShape& shape);
 void write_gguf_model(const ExportRequest& request, const std::filesystem::path& folder);
 std::unique_ptr<Transformer> reopen_gguf(const std::filesystem::path& folder);
+std::vector<std::string> compressed_obstacles(const ModelConfig& config, const std::map<std::string, GridSpec>& plan);
+bool compressed_holds(const GridSpec& spec, std::int64_t columns, std::string& why);
+bool is_compressed(const std::filesystem::path& folder);
+void write_compressed(const ExportRequest& request, const std::filesystem::path& folder);
+std::unique_ptr<Transformer> reopen_compressed(const std::filesystem::path& folder);
+// One sentence where activations, keys or values are rounded: other programs read `format` and would compute without it.
+std::vector<std::string> rounding_obstacles(const ModelConfig& config, std::string_view format);
 
 }  // namespace kompakt

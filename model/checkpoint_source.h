@@ -1,4 +1,4 @@
-// What a checkpoint file offers to the strict builder. Inner header of model/: callers use checkpoint.h.
+// What a checkpoint file offers to the strict builder: for readers of further layouts (export/). Others use checkpoint.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -2,6 +2,7 @@
 //
 // Names ({i} = layer from 0): "embedding" [B,T,d], "layer.{i}.input" [B,T,d], "layer.{i}.output" [B,T,d],
 // "layer.{i}.query" [B,H,T,hd], "layer.{i}.key" and "layer.{i}.value" [B,Hkv,T,hd] (before rotary),
+// "layer.{i}.cached_key" [B,Hkv,T,hd] (after rotary, as a key/value cache holds it, before any rounding),
 // "layer.{i}.context" [B,T,H*hd] (input of the output projection), "layer.{i}.ffn" [B,T,f] (input of the down projection),
 // "final" [B,T,d] (after the last norm), "pooled" [B,d]; for every Linear "input:<name>" [.., in], "output:<name>" [.., out].
 #pragma once

@@ -93,7 +93,7 @@ void probe_quantize(Transformer& model, const BasisChange& change, const TaskDat
   keep_blocks(*first, keep);
   QuantizeOptions options = change.options;
   options.basis = {}, options.embedding = options.head = "none";
-  options.has_block_tune = options.has_tuning = false, options.tune = "none";
+  options.has_block_tune = options.has_tuning = options.has_activations = options.has_kv_cache = false, options.tune = "none";
   if (find_quantization_method(options.method)->needs_train) options.method = "rtn";
   const QuantizationPlan plan = plan_quantization(model.config(), change.options);
   options.keep_float.clear();

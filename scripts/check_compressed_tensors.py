@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Does compressed-tensors compute from our folder what we compute? Loads an export in transformers and compares logits with ours.
+
+usage: check_compressed_tensors.py ARTIFACT --program build/.../benchmarks/model_logits [--rows 4] [--length 64] [--share 0.05]
+  ARTIFACT  folder of a run with `export: {formats: [compressed-tensors]}`, a decoder
+
+needs: torch, transformers, compressed-tensors, safetensors. Our side is the program model_logits, which reads ARTIFACT with kompakt's own reader.
+
+Weights are decoded to the same values, and without rounded activations the logits are the same up to float sums. Rounding is a
+step function: where sums of another order meet a tie, a code flips, and later layers differ by more than float noise. So the bar for
+rounded activations, keys or values is the mean KL between the two, as a share of what that rounding itself does (the same folder with
+rounding switched off in compressed-tensors). Exit 0 when the bar is met.
+"""
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+EXACT = 1e-3  # largest difference of logits without rounding, over the largest logit
+
+
+def divergence(a, b):
+    a, b = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=pathlib.Path)
+    parser.add_argument("--program", type=pathlib.Path, required=True)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--share", type=float, default=0.05, help="of the divergence that rounding makes")
+    options = parser.parse_args()
+
+    config = json.loads((options.artifact / "config.json").read_text())
+    settings = config["quantization_config"]
+    inputs = [group["input_activations"] for group in settings["config_groups"].values()]
+    rounded = settings["kv_cache_scheme"] is not None or any(row is not None for row in inputs)
+    vocabulary = config["vocab_size"]
+    ids = torch.tensor([[(r * 4099 + t * 7919) % vocabulary for t in range(options.length)] for r in range(options.rows)])
+    with tempfile.TemporaryDirectory() as folder:
+        text, out = pathlib.Path(folder) / "ids.txt", pathlib.Path(folder) / "logits.safetensors"
+        text.write_text("\n".join(" ".join(map(str, row)) for row in ids.tolist()) + "\n")
+        subprocess.run([options.program, options.artifact, text, out], check=True)
+        ours = load_file(out)["logits"]
+
+    model = AutoModelForCausalLM.from_pretrained(options.artifact, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        theirs = model(ids).logits.float()
+        for module in model.modules():
+            if hasattr(module, "quantization_scheme"):
+                module.quantization_enabled = False
+        plain = model(ids).logits.float()
+    scale = float(theirs.abs().max())
+    largest, mean = float((ours - theirs).abs().max()), divergence(theirs, ours)
+    effect = divergence(theirs, plain)
+    same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    print(f"format {settings['format']}, activations {inputs}, key/value cache {settings['kv_cache_scheme']}")
+    print(f"largest difference of logits {largest:.3e} (largest logit {scale:.2f}), KL {mean:.3e} nats a token, likeliest token the same at {same} of {ids.numel()} positions")
+    print(f"what rounding does in compressed-tensors itself: KL {effect:.3e}")
+    passed = mean <= options.share * effect if rounded else largest <= EXACT * scale
+    if rounded and effect <= 0:
+        print("nothing was rounded in compressed-tensors")
+        passed = False
+    print("passed" if passed else "FAILED")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
