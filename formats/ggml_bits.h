@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "formats/ggml_lanes.h"
+
 namespace kompakt::ggml_bits {
 
 inline void put_u16(std::uint16_t value, std::byte* out) { std::memcpy(out, &value, 2); }
@@ -21,14 +23,15 @@ inline unsigned bits(std::byte value) { return std::to_integer<unsigned>(value);
 
 template <class T>
 void check_range(const T* values, int count, int low, int high, const char* what) {
-  bool bad = false;
-  for (int i = 0; i < count; ++i) bad |= values[i] < low || values[i] > high;
-  if (bad) throw std::logic_error(std::string("ggml block: ") + what + " out of range");
+  int signs = 0;  // negative when one of the differences is; without branches, so that lanes are tested at once
+  for (int i = 0; i < count; ++i) signs |= (values[i] - low) | (high - values[i]);
+  if (signs < 0) throw std::logic_error(std::string("ggml block: ") + what + " out of range");
 }
 
-// Byte j holds codes[j] + offset in its low and codes[j + half] + offset in its high four bits; higher bits are cut off.
+// `half` is a multiple of 16. Byte j holds codes[j] + offset in its low and codes[j + half] + offset in its high four bits; higher bits are cut off.
 inline void pack_nibbles(const std::int8_t* codes, int half, int offset, std::byte* out) {
-  for (int j = 0; j < half; ++j) out[j] = static_cast<std::byte>(((codes[j] + offset) & 15) | (((codes[j + half] + offset) & 15) << 4));
+  const auto by = static_cast<std::uint8_t>(offset);
+  for (int j = 0; j < half; j += 16) ggml_lanes::store(((ggml_lanes::load(static_cast<const void*>(codes + j)) + by) & 15) | (((ggml_lanes::load(static_cast<const void*>(codes + j + half)) + by) & 15) << 4), out + j);
 }
 
 inline void unpack_nibbles(const std::byte* in, int half, int offset, std::int8_t* codes) {
@@ -40,10 +43,11 @@ inline void unpack_nibbles(const std::byte* in, int half, int offset, std::int8_
 
 // 128 values of two bits in 32 bytes: byte l holds the bits (value >> shift) & 3 of l, l+32, l+64, l+96 from low to high.
 inline void pack_planes(const std::int8_t* codes, int offset, int shift, std::byte* out) {
-  for (int l = 0; l < 32; ++l) {
-    unsigned byte = 0;
-    for (int k = 0; k < 4; ++k) byte |= static_cast<unsigned>(((codes[l + 32 * k] + offset) >> shift) & 3) << (2 * k);
-    out[l] = static_cast<std::byte>(byte);
+  const auto by = static_cast<std::uint8_t>(offset);
+  for (int l = 0; l < 32; l += 16) {
+    ggml_lanes::Bytes byte = {};
+    for (int k = 0; k < 4; ++k) byte |= (((ggml_lanes::load(static_cast<const void*>(codes + l + 32 * k)) + by) >> shift) & 3) << (2 * k);
+    ggml_lanes::store(byte, out + l);
   }
 }
 

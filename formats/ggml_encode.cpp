@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "formats/ggml_lanes.h"
 #include "formats/ggml_pack.h"
 #include "formats/ggml_rows.h"
 #include "formats/ggml_search.h"
@@ -13,44 +14,48 @@ namespace {
 
 constexpr ggml_search::AffineGrid weighted_grid = {-0.9f, 0.05f, 36, false};
 
-float largest_magnitude(const float* in, int count) {
-  float largest = 0;
-  for (int i = 0; i < count; ++i) largest = std::max(largest, std::fabs(in[i]));
-  return largest;
-}
-
 float inverse_or_zero(float d) { return d != 0 ? 1.0f / d : 0.0f; }
 
 // The value of largest magnitude becomes the code -half; the others are rounded by adding half a step and cutting.
 template <int Half, auto Pack>
 void encode_signed(const float* in, std::byte* out) {
-  float magnitude = 0, maximum = 0;
-  for (int i = 0; i < 32; ++i)
-    if (magnitude < std::fabs(in[i])) {
-      magnitude = std::fabs(in[i]);
-      maximum = in[i];
-    }
+  float low, high;
+  ggml_lanes::extremes(in, 32, low, high);
+  float maximum = high > -low ? high : low;
+  if (high == -low) maximum = high == 0 ? 0.0f : *std::find_if(in, in + 32, [&](float v) { return std::fabs(v) == high; });  // the first of equals
   const float d = maximum / -Half, inverse = inverse_or_zero(d);
   std::int8_t codes[32];
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(ggml_search::clamped_int(in[i] * inverse + (Half + 0.5f), 0, 2 * Half - 1) - Half);
+  ggml_lanes::to_codes(in, 32, codes, [&](const ggml_lanes::Floats& v) { return ggml_lanes::clamped(v * inverse + (Half + 0.5f), 0, 2 * Half - 1); });
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(codes[i] - Half);
   Pack(codes, float_to_half(d), out);
 }
 
 template <int Largest, auto Pack>
 void encode_affine(const float* in, std::byte* out) {
-  const auto [low, high] = std::minmax_element(in, in + 32);
-  const float minimum = *low, d = (*high - minimum) / Largest, inverse = inverse_or_zero(d);
+  float minimum, high;
+  ggml_lanes::extremes(in, 32, minimum, high);
+  if (minimum == 0) minimum = *std::find(in, in + 32, 0.0f);  // the first of zeros gives the sign
+  const float d = (high - minimum) / Largest, inverse = inverse_or_zero(d);
   std::int8_t codes[32];
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(ggml_search::clamped_int((in[i] - minimum) * inverse + 0.5f, 0, Largest));
+  ggml_lanes::to_codes(in, 32, codes, [&](const ggml_lanes::Floats& v) { return ggml_lanes::clamped((v - minimum) * inverse + 0.5f, 0, Largest); });
   Pack(codes, float_to_half(d), float_to_half(minimum), out);
+}
+
+// round(w * inverse), half away from zero, within +-most.
+template <int Count>
+void away_codes(const float* in, float inverse, float most, std::int8_t* codes) {
+  ggml_lanes::to_codes(in, Count, codes, [&](const ggml_lanes::Floats& v) {
+    const ggml_lanes::Floats y = v * inverse;  // no number where a subnormal scale has no inverse: code 0
+    return ggml_lanes::rounded_away(ggml_lanes::clamped(y == y ? y : ggml_lanes::Floats{}, -most, most));
+  });
 }
 
 // Codes round(w / largest magnitude), half away from zero.
 template <int Count, auto Pack>
 void encode_by_magnitude(const float* in, std::byte* out) {
-  const float d = largest_magnitude(in, Count), inverse = inverse_or_zero(d);
+  const float d = ggml_lanes::largest_magnitude(in, Count), inverse = inverse_or_zero(d);
   std::int8_t codes[Count];
-  for (int i = 0; i < Count; ++i) codes[i] = static_cast<std::int8_t>(ggml_search::clamped_int(std::round(in[i] * inverse), -1, 1));
+  away_codes<Count>(in, inverse, 1, codes);
   Pack(codes, float_to_half(d), out);
 }
 
@@ -83,9 +88,9 @@ void weigh_affine(const float* in, const float* importance, std::byte* out) {
 }  // namespace
 
 void encode_q8_0(const float* in, std::byte* out) {
-  const float d = largest_magnitude(in, 32) / 127, inverse = inverse_or_zero(d);
+  const float d = ggml_lanes::largest_magnitude(in, 32) / 127, inverse = inverse_or_zero(d);
   std::int8_t codes[32];
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(ggml_search::clamped_int(std::round(in[i] * inverse), -127, 127));
+  away_codes<32>(in, inverse, 127, codes);
   pack_q8_0(codes, float_to_half(d), out);
 }
 
@@ -103,17 +108,19 @@ void weigh_q4_1(const float* in, const float* weight, std::byte* out) { weigh_af
 void weigh_q5_1(const float* in, const float* weight, std::byte* out) { weigh_affine<31, pack_q5_1>(in, weight, out); }
 
 void encode_mxfp4(const float* in, std::byte* out) {
-  const float largest = largest_magnitude(in, 32);
+  const float largest = ggml_lanes::largest_magnitude(in, 32);
   // The largest value gets the exponent of 4 or 6, the two top values of E2M1.
   const int e = largest > 0 ? ggml_search::clamped_int(std::floor(std::log2(largest)) - 2 + 127, 0, 254) : 0;
   const float scale = mxfp4_scale(static_cast<std::uint8_t>(e));
   std::int8_t codes[32];
-  for (int i = 0; i < 32; ++i) {
-    int best = 0;
-    for (int k = 1; k < 16; ++k)
-      if (std::fabs(static_cast<float>(mxfp4_values[k]) * scale - in[i]) < std::fabs(static_cast<float>(mxfp4_values[best]) * scale - in[i])) best = k;
-    codes[i] = static_cast<std::int8_t>(best);
-  }
+  // The magnitudes half way between two values; ggml takes the smaller of two equally near ones, and 0 for -0.
+  static constexpr float middles[] = {0.5f, 1.5f, 2.5f, 3.5f, 5, 7, 10};
+  ggml_lanes::to_codes(in, 32, codes, [&](const ggml_lanes::Floats& v) {
+    const ggml_lanes::Floats m = v < 0 ? -v : v, none = {};
+    ggml_lanes::Floats code = {};
+    for (const float middle : middles) code += m > middle * scale ? none + 1.0f : none;
+    return code + ((v < 0) & (code > 0) ? none + 8.0f : none);
+  });
   pack_mxfp4(codes, static_cast<std::uint8_t>(e), out);
 }
 

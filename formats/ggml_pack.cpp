@@ -5,15 +5,20 @@
 #include <string>
 
 #include "formats/ggml_bits.h"
+#include "formats/ggml_lanes.h"
 
 namespace kompakt {
 namespace {
 
 // Bit j of the 32-bit word is the fifth bit of code j.
 void pack_fifth_bits(const std::int8_t* codes, int offset, std::byte* out) {
-  std::uint32_t word = 0;
-  for (int j = 0; j < 32; ++j) word |= static_cast<std::uint32_t>(((codes[j] + offset) >> 4) & 1) << j;
-  std::memcpy(out, &word, 4);
+  for (int part = 0; part < 4; ++part) {
+    std::uint64_t eight;
+    std::uint8_t bits[8];
+    for (int j = 0; j < 8; ++j) bits[j] = static_cast<std::uint8_t>(((codes[8 * part + j] + offset) >> 4) & 1);
+    std::memcpy(&eight, bits, 8);
+    out[part] = static_cast<std::byte>((eight * 0x0102040810204080ull) >> 56);  // byte j to bit j
+  }
 }
 
 void unpack_fifth_bits(const std::byte* in, std::int8_t* codes) {
@@ -121,12 +126,19 @@ float mxfp4_scale(std::uint8_t e) {
 
 void pack_tq1_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
   ggml_bits::check_range(codes, 256, -1, 1, "code of TQ1_0");
-  for (const TritRun& run : trit_runs)
-    for (int m = 0; m < run.bytes; ++m) {
-      unsigned number = 0;
-      for (int n = 0; n < 5; ++n) number = number * 3 + (n < run.digits ? static_cast<unsigned>(codes[run.first + m + n * run.bytes] + 1) : 0);
-      out[run.offset + m] = static_cast<std::byte>((number * 256 + 242) / 243);  // fixed point in base 3, rounded up
-    }
+  std::uint8_t numbers[64];
+  for (int m = 0; m < 48; m += 16) {  // the first two runs
+    const TritRun& run = trit_runs[m / 32];
+    ggml_lanes::Bytes number = {};
+    for (int n = 0; n < 5; ++n) number = number + number + number + (ggml_lanes::load(static_cast<const void*>(codes + run.first + m - run.offset + n * run.bytes)) + 1);
+    ggml_lanes::store(number, numbers + m);
+  }
+  for (int m = 0; m < 4; ++m) {
+    unsigned number = 0;
+    for (int n = 0; n < 4; ++n) number = number * 3 + static_cast<unsigned>(codes[240 + m + 4 * n] + 1);
+    numbers[48 + m] = static_cast<std::uint8_t>(number * 3);
+  }
+  for (int m = 0; m < 52; ++m) out[m] = static_cast<std::byte>((numbers[m] * 256u + 242u) / 243u);  // fixed point in base 3, rounded up
   ggml_bits::put_u16(d, out + 52);
 }
 
@@ -157,11 +169,9 @@ void unpack_tq2_0(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
 void pack_q2_0(const std::int8_t* codes, std::uint16_t d, std::byte* out) {
   ggml_bits::check_range(codes, 64, -1, 2, "code of Q2_0");
   ggml_bits::put_u16(d, out);
-  for (int j = 0; j < 16; ++j) {
-    unsigned byte = 0;
-    for (int k = 0; k < 4; ++k) byte |= static_cast<unsigned>(codes[4 * j + k] + 1) << (2 * k);
-    out[2 + j] = static_cast<std::byte>(byte);
-  }
+  std::uint32_t words[16];
+  for (int i = 0; i < 64; i += 16) ggml_lanes::store(ggml_lanes::load(static_cast<const void*>(codes + i)) + 1, reinterpret_cast<std::uint8_t*>(words) + i);
+  for (int j = 0; j < 16; ++j) out[2 + j] = static_cast<std::byte>(words[j] | (words[j] >> 6) | (words[j] >> 12) | (words[j] >> 18));
 }
 
 void unpack_q2_0(const std::byte* in, std::int8_t* codes, std::uint16_t* d) {
