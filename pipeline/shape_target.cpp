@@ -1,0 +1,117 @@
+#include "pipeline/shape_target.h"
+
+#include <c10/core/Device.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <set>
+
+#include "core/text.h"
+#include "export/exporters.h"
+#include "pipeline/budget_target.h"
+#include "pipeline/recipe.h"
+#include "pipeline/stage_options.h"
+#include "pipeline/stages.h"
+#include "quantize/stage.h"
+#include "train/optimizer.h"
+
+namespace kompakt {
+namespace {
+
+template <class Options>
+Options target_options(const RecipeStage& stage) {
+  Options options;
+  Problems problems;
+  read_fields(stage.options, "stage \"" + std::string(stage.row->name) + "\"", problems, [&](FieldVisitor& v) { fields(v, options); });
+  problems.throw_if_any("the stage's options are not valid");
+  return options;
+}
+
+std::string target_spec_name(const GridSpec& spec) { return spec.group > 0 && !spec.grid->group_fixed ? str(spec.grid->name, ":", spec.group) : std::string(spec.grid->name); }
+
+// Bytes of the token embedding under a plan, as the exporter stores it.
+std::int64_t target_embedding(const Exporter* exporter, const Transformer& shapes, const std::map<std::string, GridSpec>& plan, std::int64_t float_size) {
+  const ModelConfig& config = shapes.config();
+  const auto found = plan.find(shapes.tokens.name);
+  return found != plan.end() && exporter && exporter->tensor_bytes ? exporter->tensor_bytes(found->second, config.vocab, config.hidden) : config.vocab * config.hidden * float_size;
+}
+
+}  // namespace
+
+ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenizer& tokenizer, const Tokenizer* pruned) {
+  std::shared_ptr<QuantizeOptions> quantize;
+  std::vector<const Exporter*> exports;
+  for (std::size_t i = stage + 1; i < recipe.stages.size(); ++i) {
+    if (!quantize && recipe.stages[i].row->name == "quantize") quantize = std::make_shared<QuantizeOptions>(target_options<QuantizeOptions>(recipe.stages[i]));
+    if (recipe.stages[i].row->name == "export")
+      for (const std::string& format : target_options<ExportOptions>(recipe.stages[i]).formats) exports.push_back(find_exporter(format));
+  }
+  const auto saves = std::find_if(exports.begin(), exports.end(), [](const Exporter* e) { return e->file_bytes != nullptr; });
+  const Exporter* first = saves == exports.end() ? nullptr : *saves;
+  if (exports.empty() && quantize) first = find_exporter("kompakt");
+  ShapeTarget target;
+  if (first) target.format = std::string(first->name);
+  const auto words = [full = &tokenizer, pruned](const ModelConfig& config) -> const Tokenizer& { return pruned && pruned->vocab_size() == config.vocab ? *pruned : *full; };
+  if (!quantize) {
+    target.size = [first, words, &recipe](const ModelConfig& config) -> FileSize {
+      const Transformer shapes(config, 0, c10::Device(c10::kMeta));
+      const std::int64_t floats = count_parameters(config).total * 4;
+      const BudgetTarget files = first ? budget_target(recipe, shapes, words(config), false) : BudgetTarget{};
+      return {first ? files.file_bytes({}) : floats, target_embedding(first, shapes, {}, first ? 2 : 4)};
+    };
+    return target;
+  }
+  std::vector<GridSpec> specs;
+  if (quantize->has_budget) {
+    std::vector<std::string> names = quantize->budget.formats;
+    if (names.empty() && first) names.assign(first->budget_formats.begin(), first->budget_formats.end());
+    for (const std::string& name : names) {
+      const std::size_t colon = name.find(':');
+      const Grid* grid = find_grid(name.substr(0, colon));
+      const auto group = colon == std::string::npos ? std::optional<std::int64_t>() : parse_int(std::string_view(name).substr(colon + 1));
+      if (grid) specs.push_back({grid, group.value_or(grid->default_group)});
+    }
+  } else if (const Grid* grid = find_grid(quantize->weights)) {
+    specs.push_back({grid, grid->group_fixed || quantize->group < 0 ? grid->default_group : quantize->group});
+    if (const Grid* fallback = find_grid(quantize->fallback); fallback && quantize->allow_fallback) specs.push_back({fallback, fallback->default_group});
+  }
+  std::vector<std::string> names;
+  for (const GridSpec& spec : specs) names.push_back(target_spec_name(spec));
+  target.grids = join(names, " or ");
+  target.holds = [specs, exports, keep = quantize->keep_float](const std::string& linear, std::int64_t columns, std::string& why) {
+    if (std::any_of(keep.begin(), keep.end(), [&](const std::string& pattern) { return matches_pattern(linear, pattern) || matches_pattern(linear + ".weight", pattern); })) return true;
+    std::string reason;
+    for (const GridSpec& spec : specs) {
+      std::string own;
+      bool fits = columns % spec.span_for(columns) == 0;
+      if (!fits) own = str("rows of ", columns, " do not divide into groups of ", spec.span_for(columns), " (", spec.grid->name, ")");
+      for (const Exporter* exporter : exports) fits = fits && exporter->holds(spec, columns, own);
+      if (fits) return true;
+      if (reason.empty()) reason = own;
+    }
+    why = reason;
+    return specs.empty();
+  };
+  if (!first) return target;
+  target.size = [quantize, first, words, &recipe](const ModelConfig& config) -> FileSize {
+    const Transformer shapes(basis_config(config, quantize->basis), 0, c10::Device(c10::kMeta));
+    const BudgetTarget files = budget_target(recipe, shapes, words(config), quantize->others == "f16");
+    std::map<std::string, GridSpec> plan;
+    try {
+      if (quantize->has_budget) {
+        QuantizeOptions open = *quantize;
+        open.budget.bytes = std::numeric_limits<std::int64_t>::max() / 4, open.budget.bits_per_weight = 0, open.budget.not_larger_than.clear(), open.budget.pareto.clear();
+        plan = budget_frame(shapes.config(), open, files).smallest;
+      } else {
+        plan = plan_quantization(config, *quantize).tensors;
+      }
+    } catch (const Error&) {
+      return {};  // the shape does not go together with the stage quantize, whose own check tells why
+    }
+    return {files.file_bytes(plan), target_embedding(first, shapes, plan, 2)};
+  };
+  return target;
+}
+
+}  // namespace kompakt
