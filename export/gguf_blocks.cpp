@@ -59,6 +59,12 @@ const BlockPacker* find_packer(std::string_view type) {
 const GgmlType* exact_ggml_type(const GridSpec& spec, std::int64_t columns, std::string& why) {
   const std::int64_t group = spec.group_for(columns);
   std::string named;
+  if (spec.grid->kquant) {
+    const GgmlType* type = find_ggml_type(spec.grid->ggml_type);
+    if (columns % type->block == 0) return type;
+    why = str("rows of ", columns, " do not divide into the ", grid_span_name(spec), " of ", type->name);
+    return nullptr;
+  }
   if (spec.grid->integer_zero) {  // scale * zero point is no half in general
     why = str("grid \"", spec.grid->name, "\" has an integer zero point, GGUF stores a minimum in half precision: take q4_1 or q5_1");
     return nullptr;
@@ -77,6 +83,7 @@ const GgmlType* exact_ggml_type(const GridSpec& spec, std::int64_t columns, std:
 }
 
 std::vector<std::byte> to_ggml_blocks(const GgmlType& type, const GridSpec& spec, const Quantized& values) {
+  if (spec.grid->kquant) return kquant_blocks(*spec.grid, values);
   const BlockPacker* packer = find_packer(type.name);
   if (!packer) throw std::logic_error("to_ggml_blocks: no packer for this type");
   const std::int64_t rows = values.codes.size(0), columns = values.codes.size(1), group = spec.group_for(columns), blocks = columns / type.block;

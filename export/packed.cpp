@@ -2,6 +2,8 @@
 //   NAME.codes   U8 [bytes]        rows of codes packed as the grid says
 //   NAME.scales  F16|F32 [N, K/g]  F16 when every value is a half exactly
 //   NAME.offsets likewise, asymmetric grids only
+// or, for grids of super-blocks,
+//   NAME.blocks  U8 [N, bytes]     ggml's blocks, as in GGUF
 // and every other tensor under its own name as F16 when that is exact, else F32. config.json has "kompakt": {"packed":
 // {"version": 1, "tensors": {NAME: {"grid","group","rows","columns"}}}}. Nothing is rounded here.
 #include <ATen/ATen.h>
@@ -69,8 +71,13 @@ std::map<std::string, PackedEntry> packed_entries(const fs::path& folder) {
 }
 
 at::Tensor packed_decode(const SafetensorsFile& file, const std::string& name, const PackedEntry& entry, const fs::path& folder) {
-  const TensorData& codes = packed_tensor(file, name + ".codes", folder);
   const std::string place = str((folder / "model.safetensors").string(), ": ", name);
+  if (entry.spec.grid->kquant) {
+    const TensorData& blocks = packed_tensor(file, name + ".blocks", folder);
+    if (blocks.dtype != DType::u8) throw Error("the blocks have the wrong type").at(place).given(std::string(name_of(blocks.dtype))).allowed("U8");
+    return decode(entry.spec, kquant_values(*entry.spec.grid, blocks.bytes, entry.rows, entry.columns));
+  }
+  const TensorData& codes = packed_tensor(file, name + ".codes", folder);
   Quantized values;
   values.scales = as_tensor(packed_tensor(file, name + ".scales", folder)).to(at::kFloat);
   const std::int64_t group = entry.spec.group_for(entry.columns), groups = (entry.columns + group - 1) / group;
@@ -94,6 +101,7 @@ at::Tensor packed_decode(const SafetensorsFile& file, const std::string& name, c
 std::vector<std::string> packed_obstacles(const ModelConfig&, const std::map<std::string, GridSpec>&) { return {}; }
 
 std::int64_t packed_tensor_bytes(const GridSpec& spec, std::int64_t rows, std::int64_t columns) {
+  if (spec.grid->kquant) return spec.packed_bytes(rows, columns);
   // An integer zero point is written as the offset that it stands for, scale times zero: a float32, as a half rarely holds it.
   const std::int64_t side = 2 + (spec.grid->asymmetric ? (spec.grid->integer_zero ? 4 : 2) : 0);
   return rows * (spec.grid->layout.row_bytes(columns) + side * spec.scale_count(columns));
@@ -117,10 +125,14 @@ std::int64_t packed_file_bytes(const ArtifactShape& shape) {
     }
     const GridSpec& spec = found->second;
     const std::int64_t rows = value.size(0), columns = value.size(1), groups = spec.scale_count(columns);
+    table[owner] = Json{{"grid", spec.grid->name}, {"group", spec.group}, {"rows", rows}, {"columns", columns}};
+    if (spec.grid->kquant) {
+      add(owner + ".blocks", DType::u8, {rows, spec.packed_bytes(1, columns)});
+      continue;
+    }
     add(owner + ".codes", DType::u8, {rows * spec.grid->layout.row_bytes(columns)});
     add(owner + ".scales", DType::f16, {rows, groups});
     if (spec.grid->asymmetric) add(owner + ".offsets", spec.grid->integer_zero ? DType::f32 : DType::f16, {rows, groups});
-    table[owner] = Json{{"grid", spec.grid->name}, {"group", spec.group}, {"rows", rows}, {"columns", columns}};
   }
   Json config = config_to_json(shape.model.config());
   config["kompakt"]["packed"] = Json{{"version", packed_version}, {"tensors", std::move(table)}};
@@ -140,13 +152,17 @@ void write_packed(const ExportRequest& request, const fs::path& folder) {
     }
     const auto& [spec, quantized] = found->second;
     if (!at::equal(decode(spec, quantized), value.detach().to(at::kCPU, at::kFloat))) throw std::logic_error("packed export: codes of " + owner + " do not decode to the model's weight");
+    table[owner] = Json{{"grid", spec.grid->name}, {"group", spec.group}, {"rows", quantized.codes.size(0)}, {"columns", quantized.codes.size(1)}};
+    written.insert(owner);
+    if (spec.grid->kquant) {
+      tensors.push_back(make_tensor(owner + ".blocks", DType::u8, {quantized.codes.size(0), spec.packed_bytes(1, quantized.codes.size(1))}, kquant_blocks(*spec.grid, quantized)));
+      continue;
+    }
     std::vector<std::byte> codes = spec.grid->pack(quantized.codes);
     const auto size = static_cast<std::int64_t>(codes.size());
     tensors.push_back(make_tensor(owner + ".codes", DType::u8, {size}, std::move(codes)));
     tensors.push_back(packed_float(owner + ".scales", quantized.scales));
     if (quantized.offsets.defined()) tensors.push_back(packed_float(owner + ".offsets", quantized.offsets));
-    table[owner] = Json{{"grid", spec.grid->name}, {"group", spec.group}, {"rows", quantized.codes.size(0)}, {"columns", quantized.codes.size(1)}};
-    written.insert(owner);
   }
   for (const auto& [name, tensor] : request.quantized)
     if (!written.count(name)) throw std::logic_error("packed export: quantized tensor " + name + " is not in the model");
@@ -175,7 +191,7 @@ std::unique_ptr<Transformer> reopen_packed(const fs::path& folder) {
     at::Tensor value;
     if (const auto entry = entries.find(owner); entry != entries.end()) {
       value = packed_decode(file, owner, entry->second, folder);
-      for (const char* part : {".codes", ".scales", ".offsets"}) used.insert(owner + part);
+      for (const char* part : {".codes", ".scales", ".offsets", ".blocks"}) used.insert(owner + part);
     } else {
       value = as_tensor(packed_tensor(file, parameter.name, folder)).to(at::kFloat);
       used.insert(parameter.name);

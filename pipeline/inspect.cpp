@@ -69,7 +69,7 @@ Json inspect_safetensors(const fs::path& path) {
     const Json entries = read_json(path / "config.json").at("kompakt").at("packed").at("tensors");
     parameters = 0;
     for (const TensorData& tensor : file.tensors())
-      if (!ends_with(tensor.name, ".codes") && !ends_with(tensor.name, ".scales") && !ends_with(tensor.name, ".offsets")) parameters += tensor.elements();
+      if (!ends_with(tensor.name, ".blocks") && !ends_with(tensor.name, ".codes") && !ends_with(tensor.name, ".scales") && !ends_with(tensor.name, ".offsets")) parameters += tensor.elements();
     for (const auto& [name, entry] : entries.items()) {
       parameters += entry.at("rows").get<std::int64_t>() * entry.at("columns").get<std::int64_t>();
       grids[name] = str(entry.at("grid").get<std::string>(), entry.at("group").get<std::int64_t>() > 0 ? str(" group ", entry.at("group").get<std::int64_t>()) : std::string(" per row"));

@@ -47,7 +47,7 @@ class BlockTuner {
     for (const BlockPart part : block_parts)
       for (Linear* linear : part_linears(model_.blocks[static_cast<std::size_t>(layer_)], part)) {
         const auto found = quantized.find(linear->name);
-        if (found == quantized.end() || plan.tensors.at(linear->name).grid->levels) continue;
+        if (found == quantized.end() || plan.tensors.at(linear->name).grid->levels || plan.tensors.at(linear->name).grid->kquant) continue;
         Slot slot{linear, latent_grid(plan.tensors.at(linear->name), found->second), {}, {}, &found->second};
         slot.values = latent_start(slot.grid, original.at(linear->name + ".weight"), found->second.codes, options_.margin);
         slot.base = slot.values.codes.clone();

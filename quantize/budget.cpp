@@ -259,7 +259,7 @@ std::string BudgetFrame::note() const {
   std::vector<std::string> names;
   for (const auto& [name, count] : counts) names.push_back(str(name, " (", count, ")"));
   return str("formats of ", tensors.size(), " tensors are decided in the run: at most ", human_bytes(static_cast<double>(limit)), " of a possible ", human_bytes(static_cast<double>(smallest_bytes)), " to ", human_bytes(static_cast<double>(largest_bytes)),
-             "; candidates and how many tensors can take them: ", join(names, ", "));
+             "; candidates and how many tensors can take them: ", join(names, ", "), left_out.empty() ? std::string() : str("; not held everywhere: ", join(left_out, "; ")));
 }
 
 BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& options, const BudgetTarget& target) {
@@ -279,6 +279,7 @@ BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& optio
   const std::vector<QuantizableTensor> all = quantizable_tensors(shapes);
   const std::set<std::string> kept = kept_in_float(all, options.keep_float, problems);
   std::vector<std::string> reason(specs.size());
+  std::vector<std::int64_t> refused(specs.size(), 0);
   std::vector<bool> used(specs.size(), false);
   std::map<std::string, GridSpec> largest;
   for (const QuantizableTensor& tensor : all) {
@@ -291,7 +292,7 @@ BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& optio
       fits = fits && target.holds(specs[s], row.columns, why);
       if (fits)
         row.formats.push_back(specs[s]), used[s] = true;
-      else if (reason[s].empty())
+      else if (refused[s]++ == 0)
         reason[s] = str(tensor.name, ": ", why);
     }
     if (row.formats.empty()) {
@@ -304,6 +305,8 @@ BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& optio
     largest[row.name] = *std::max_element(row.formats.begin(), row.formats.end(), by_bytes);
     frame.tensors.push_back(std::move(row));
   }
+  for (std::size_t s = 0; s < specs.size(); ++s)
+    if (refused[s] > 0) frame.left_out.push_back(str(budget_format_name(specs[s]), ": ", reason[s], refused[s] > 1 ? str(" (and ", refused[s] - 1, " more)") : std::string()));
   for (std::size_t s = 0; s < specs.size() && !b.formats.empty(); ++s)
     if (!used[s]) problems.add(Error(str("no tensor can take format ", b.formats[s])).at("quantize.budget.formats").given(b.formats[s]).hint(str(reason[s], "; leave the format out")));
   problems.throw_if_any("the budget does not fit the model");
@@ -340,6 +343,7 @@ QuantizedModel quantize_within_budget(Transformer& model, const QuantizeOptions&
   QuantizationPlan plan;
   plan.tensors = allocation.choose(report);
   report["tokens"] = allocation.set().tokens;
+  report["left_out"] = allocation.frame().left_out;
   report["calibration_sha256"] = allocation.set().hash;
   report["errors"] = options.budget.errors;
   report["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

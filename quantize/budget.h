@@ -54,6 +54,7 @@ struct BudgetFrame {
   std::map<std::string, GridSpec> smallest;           // the plan of the smallest file
   std::int64_t limit = 0, smallest_bytes = 0, largest_bytes = 0;
   std::vector<std::int64_t> pareto;
+  std::vector<std::string> left_out;                  // "q4_k: NAME: rows of 576 do not divide into super-blocks of 256 (and 3 more)"
   std::string note() const;                           // for `plan`
 };
 // Error for an unknown format, one that no tensor can take, a tensor without any, and a budget below the smallest file.

@@ -12,6 +12,7 @@
 #include "quantize/code_rule.h"
 #include "quantize/factors.h"
 #include "quantize/grid_math.h"
+#include "quantize/kquant.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"
 
@@ -59,7 +60,8 @@ template <class Real>
 LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width) {
   const auto type = sizeof(Real) == 8 ? at::kDouble : at::kFloat;
   const Grid& grid = *spec.grid;
-  const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.group_for(columns), groups = spec.scale_count(columns);
+  const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.span_for(columns), groups = spec.scale_count(columns);
+  const std::int64_t width_of_scale = spec.group_for(columns), scales_of_group = (group + width_of_scale - 1) / width_of_scale;  // 1, but for super-blocks
   const at::Tensor permutation = at::tensor(at::ArrayRef<std::int64_t>(order.column), at::kLong);
   at::Tensor work = weight.index_select(1, permutation).to(type).contiguous();  // compensated weights, processed order
   const at::Tensor kept = mask.defined() ? mask.to(at::kCPU, at::kBool).index_select(1, permutation).contiguous() : at::Tensor();
@@ -86,7 +88,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
   at::parallel_for(0, (rows + chunk - 1) / chunk, 1, [&](std::int64_t chunk_begin, std::int64_t chunk_end) {
     at::NoGradGuard no_grad;  // a worker thread has its own mode
     FitScratch scratch;
-    std::vector<float> values(static_cast<std::size_t>(group));
+    std::vector<float> values(static_cast<std::size_t>(group)), weights(grid.kquant ? values.size() : 0);
     for (std::int64_t c = chunk_begin; c < chunk_end; ++c) {
       const std::int64_t row_begin = c * chunk, row_end = std::min(rows, row_begin + chunk);
       at::Tensor part = work.slice(0, row_begin, row_end);
@@ -102,7 +104,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
           std::size_t g = next_group;
           GroupScale s;
           float inverse = 0;
-          if (g == order.group.size() || order.begin[g] != from) {  // the block continues a group
+          if (!grid.kquant && (g == order.group.size() || order.begin[g] != from)) {  // the block continues a group
             const std::int64_t at = r * groups + order.group[g - 1];
             s = {scales[at], offsets ? offsets[at] : 0.0f};
             inverse = grid::inverse_scale(s.scale);
@@ -110,14 +112,26 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
           for (std::int64_t j = from; j < to; ++j) {
             if (g < order.group.size() && order.begin[g] == j) {
               // Fitted on the compensated weights, taken in their own order: without compensation this is what encode does.
-              const std::int64_t first = order.group[g] * group, n = order.begin[g + 1] - j, at = r * groups + order.group[g];
+              const std::int64_t first = order.group[g] * group, n = order.begin[g + 1] - j, at = r * groups + order.group[g] * scales_of_group;
               for (std::int64_t i = 0; i < n; ++i) values[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = keeps && !keeps[r * columns + j + i] ? 0.0f : static_cast<float>(row[j + i]);
-              if (!scratch.load(values.data(), nullptr, n)) throw Error(str("row ", r, ": the compensated weights are not finite")).hint("raise damping, or give more calibration data");
-              s = grid.fit(scratch);
-              inverse = grid::inverse_scale(s.scale);
-              scales[at] = s.scale;
-              if (offsets) offsets[at] = s.offset;
+              const auto not_finite = [&] { return Error(str("row ", r, ": the compensated weights are not finite")).hint("raise damping, or give more calibration data"); };
+              if (grid.kquant) {
+                // All scales of the super-block, as the loss of the sweep weighs its columns.
+                for (std::int64_t i = 0; i < n; ++i) weights[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = static_cast<float>(1 / (diag[j + i] * diag[j + i]));
+                if (!(grid.kquant->fit(values.data(), weights.data(), scales + at, offsets ? offsets + at : nullptr) < grid::largest_half)) throw not_finite();
+              } else {
+                if (!scratch.load(values.data(), nullptr, n)) throw not_finite();
+                s = grid.fit(scratch);
+                inverse = grid::inverse_scale(s.scale);
+                scales[at] = s.scale;
+                if (offsets) offsets[at] = s.offset;
+              }
               ++g;
+            }
+            if (grid.kquant) {  // columns of one super-block are visited in any order
+              const std::int64_t at = r * groups + order.column[static_cast<std::size_t>(j)] / width_of_scale;
+              s = {scales[at], offsets ? offsets[at] : 0.0f};
+              inverse = grid::inverse_scale(s.scale);
             }
             // A pruned weight is rounded to zero, and what compensation made of it is made up for like any error.
             const float code = rule.nearest(keeps && !keeps[r * columns + j] ? 0.0f : static_cast<float>(row[j]), inverse, s.offset);
@@ -142,8 +156,8 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
 LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options) {
   at::NoGradGuard no_grad;
   at::Tensor weight = input.weight.detach().to(at::kCPU, at::kFloat).contiguous();
-  const std::int64_t columns = weight.size(1), group = spec.group_for(columns);
-  TORCH_CHECK(!spec.grid->group_fixed || columns % spec.grid->default_group == 0, "the grid's group does not divide the row");
+  const std::int64_t columns = weight.size(1), group = spec.span_for(columns);
+  TORCH_CHECK(!spec.grid->group_fixed || columns % group == 0, "the grid's group does not divide the row");
   InputFactors own;
   InputFactors& factors = input.factors ? *input.factors : own;
   if (factors.group != group) factor_input(input, group, options, factors);

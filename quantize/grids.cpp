@@ -13,6 +13,7 @@
 #include "quantize/code_rule.h"
 #include "quantize/grid_math.h"
 #include "quantize/group_fit.h"
+#include "quantize/kquant.h"
 #include "quantize/levels.h"
 #include "quantize/vector_lanes.h"
 
@@ -35,6 +36,7 @@ struct GridCodes {
   static constexpr bool asymmetric = false, integer_zero = false, signed_scale = false, coarse_scale = false;
   static constexpr std::string_view scale_type = "f16";
   static constexpr CodeLayout layout{Packing::bits, Bits, Low, High};
+  static constexpr const KQuant* kquant = nullptr;
   static const LevelTable* levels() { return nullptr; }
   static float store(float scale) { return store_normal_half(scale); }
 };
@@ -110,6 +112,19 @@ struct OffsetGrid : GridCodes<0, High, Bits> {
   }
 };
 
+// Super-blocks: a fit of 256 weights takes the place of one of a group.
+template <const KQuant& Type, int Low, int High, int Bits, bool Minima>
+struct KQuantGrid : GridCodes<Low, High, Bits> {
+  static constexpr bool asymmetric = Minima, signed_scale = !Minima;
+  static constexpr std::string_view scale_type = "f16 times a small integer";
+  static constexpr const KQuant* kquant = &Type;
+  static constexpr GroupScale (*fit)(FitScratch&) = nullptr;
+};
+
+struct Iq4XsGrid : KQuantGrid<kquant_iq4_xs, 0, 15, 4, false> {
+  static const LevelTable* levels() { return &iq4_levels(); }
+};
+
 // ---- the templates ----
 
 struct GridShape {
@@ -134,13 +149,38 @@ const float* grid_importance(const at::Tensor& importance, at::Tensor& holder, s
 // Rows a task: about 64k weights, a split that does not depend on the number of threads.
 std::int64_t grid_grain(const GridShape& shape) { return std::max<std::int64_t>(1, 65536 / std::max<std::int64_t>(shape.columns, 1)); }
 
+Error grid_not_finite(std::int64_t row) { return Error(str("row ", row, " holds a weight that is not finite")).hint("check the checkpoint or the training that made it: the loss or a weight has overflowed"); }
+
+Error grid_too_wide(std::int64_t row, float scale) {
+  return Error(str("row ", row, " needs a scale of ", scale, ", more than half precision holds")).allowed("scales below 65504").hint("keep this tensor in float (option keep_float) or rescale the layer before it");
+}
+
 template <class Fit>
 GroupScale grid_fit_checked(Fit&& fit, FitScratch& scratch, const float* w, const float* importance, std::int64_t n, std::int64_t row) {
-  if (!scratch.load(w, importance, n)) throw Error(str("row ", row, " holds a weight that is not finite")).hint("check the checkpoint or the training that made it: the loss or a weight has overflowed");
+  if (!scratch.load(w, importance, n)) throw grid_not_finite(row);
   const GroupScale g = fit(scratch);
-  if (!(std::fabs(g.scale) < grid::largest_half) || !(std::fabs(g.offset) < grid::largest_half))
-    throw Error(str("row ", row, " needs a scale of ", g.scale, ", more than half precision holds")).allowed("scales below 65504").hint("keep this tensor in float (option keep) or rescale the layer before it");
+  if (!(std::fabs(g.scale) < grid::largest_half) || !(std::fabs(g.offset) < grid::largest_half)) throw grid_too_wide(row, g.scale);
   return g;
+}
+
+// Weights that are fitted at once: a group, or a super-block.
+template <class Row>
+std::int64_t grid_span(const GridShape& shape) {
+  return Row::kquant != nullptr ? kquant_span : shape.group;
+}
+
+// Scales (and offsets) of the groups of one such span.
+template <class Row>
+void grid_fit_span(FitScratch& scratch, const float* w, const float* importance, std::int64_t n, std::int64_t row, float* scales, float* offsets) {
+  if constexpr (Row::kquant != nullptr) {
+    const float needed = Row::kquant->fit(w, importance, scales, offsets);
+    if (std::isnan(needed)) throw grid_not_finite(row);
+    if (!(needed < grid::largest_half)) throw grid_too_wide(row, needed);
+  } else {
+    const GroupScale s = grid_fit_checked(Row::fit, scratch, w, importance, n, row);
+    *scales = s.scale;
+    if (Row::asymmetric) *offsets = s.offset;
+  }
 }
 
 // The two loops below are nearest_code and decode_value of grid_math.h in lanes, the same operations in the same order.
@@ -214,15 +254,17 @@ Quantized grid_encode(const at::Tensor& w, std::int64_t group, const at::Tensor&
   float* offsets = Row::asymmetric ? q.offsets.data_ptr<float>() : nullptr;
   at::parallel_for(0, shape.rows, grid_grain(shape), [&](std::int64_t begin, std::int64_t end) {
     FitScratch scratch;
-    for (std::int64_t r = begin; r < end; ++r)
-      for (std::int64_t g = 0; g < shape.groups; ++g) {
-        const std::int64_t first = g * shape.group, n = std::min(shape.group, shape.columns - first);
-        const float* row = in + r * shape.columns + first;
-        const GroupScale s = grid_fit_checked(Row::fit, scratch, row, weights ? weights + first : nullptr, n, r);
-        scales[r * shape.groups + g] = s.scale;
-        if (offsets) offsets[r * shape.groups + g] = s.offset;
-        grid_code_row<Row>(row, n, s, codes + r * shape.columns + first);
+    for (std::int64_t r = begin; r < end; ++r) {
+      const float* row = in + r * shape.columns;
+      for (std::int64_t first = 0; first < shape.columns; first += grid_span<Row>(shape)) {
+        const std::int64_t n = std::min(grid_span<Row>(shape), shape.columns - first), from = r * shape.groups + first / shape.group;
+        grid_fit_span<Row>(scratch, row + first, weights ? weights + first : nullptr, n, r, scales + from, offsets ? offsets + from : nullptr);
       }
+      for (std::int64_t g = 0; g < shape.groups; ++g) {
+        const std::int64_t first = g * shape.group, n = std::min(shape.group, shape.columns - first), at = r * shape.groups + g;
+        grid_code_row<Row>(row + first, n, {scales[at], offsets ? offsets[at] : 0.0f}, codes + r * shape.columns + first);
+      }
+    }
   });
   if (w.device().is_cpu()) return q;
   q.codes = q.codes.to(w.device()), q.scales = q.scales.to(w.device());
@@ -241,10 +283,11 @@ at::Tensor grid_round(const at::Tensor& w, std::int64_t group, const at::Tensor&
   at::parallel_for(0, shape.rows, grid_grain(shape), [&](std::int64_t begin, std::int64_t end) {
     FitScratch scratch;
     for (std::int64_t r = begin; r < end; ++r)
-      for (std::int64_t first = 0; first < shape.columns; first += shape.group) {
-        const std::int64_t n = std::min(shape.group, shape.columns - first), at = r * shape.columns + first;
-        const GroupScale s = grid_fit_checked(Row::fit, scratch, in + at, weights ? weights + first : nullptr, n, r);
-        grid_round_row<Row>(in + at, n, s, out + at);
+      for (std::int64_t first = 0; first < shape.columns; first += grid_span<Row>(shape)) {
+        const std::int64_t n = std::min(grid_span<Row>(shape), shape.columns - first), at = r * shape.columns + first;
+        float scales[16], offsets[16] = {};
+        grid_fit_span<Row>(scratch, in + at, weights ? weights + first : nullptr, n, r, scales, offsets);
+        for (std::int64_t i = 0; i < n; i += shape.group) grid_round_row<Row>(in + at + i, std::min(shape.group, n - i), {scales[i / shape.group], offsets[i / shape.group]}, out + at + i);
       }
   });
   return w.device().is_cpu() ? result : result.to(w.device());
@@ -307,7 +350,7 @@ template <class Row>
 Grid grid_row(const GridText& text) {
   return {text.name, text.summary, text.code_bits, Row::low, Row::high, Row::asymmetric, text.default_group, text.group_fixed, Row::scale_type, text.ggml_type,
           text.for_embeddings, text.gaussian_error, grid_encode<Row>, grid_codes_for<Row>, grid_pack<Row>, grid_unpack<Row>, grid_round<Row>, Row::layout,
-          Row::fit, Row::signed_scale, Row::levels(), Row::store, Row::coarse_scale, Row::integer_zero};
+          Row::fit, Row::signed_scale, Row::levels(), Row::store, Row::coarse_scale, Row::integer_zero, Row::kquant};
 }
 
 using Int4Grid = UniformGrid<-8, 7, 4, false>;
@@ -340,6 +383,12 @@ const std::vector<Grid>& grid_table() {
       grid_row<Fp8Grid>({"fp8_e4m3", "floats E4M3, scale from the largest weight of the row", 8, 0, false, "", true, 0.0009}),
       grid_row<FourLevelGrid>({"q2_0", "GGUF Q2_0: -1, 0, 1, 2 times a signed scale, groups of 64", 2, 64, true, "Q2_0", false, 0.130}),
       grid_row<TernaryGrid>({"tq1_0", "GGUF TQ1_0: ternary, groups of 256, 1.69 bits", 1.6, 256, true, "TQ1_0", false, 0.194}),
+      grid_row<KQuantGrid<kquant_q6_k, -32, 31, 6, false>>({"q6_k", "GGUF Q6_K: 6 bits, groups of 16 in super-blocks of 256, 6.56 bits", 6, 16, true, "Q6_K", true, 0.0003}),
+      grid_row<KQuantGrid<kquant_q5_k, 0, 31, 5, true>>({"q5_k", "GGUF Q5_K: 5 bits with minima, groups of 32 in super-blocks of 256, 5.5 bits", 5, 32, true, "Q5_K", true, 0.0018}),
+      grid_row<KQuantGrid<kquant_q4_k, 0, 15, 4, true>>({"q4_k", "GGUF Q4_K: 4 bits with minima, groups of 32 in super-blocks of 256, 4.5 bits", 4, 32, true, "Q4_K", true, 0.0075}),
+      grid_row<KQuantGrid<kquant_q3_k, -4, 3, 3, false>>({"q3_k", "GGUF Q3_K: 3 bits, groups of 16 in super-blocks of 256, 3.44 bits", 3, 16, true, "Q3_K", true, 0.025}),
+      grid_row<KQuantGrid<kquant_q2_k, 0, 3, 2, true>>({"q2_k", "GGUF Q2_K: 2 bits with minima, groups of 16 in super-blocks of 256, 2.63 bits", 2, 16, true, "Q2_K", true, 0.09}),
+      grid_row<Iq4XsGrid>({"iq4_xs", "GGUF IQ4_XS: the uneven levels of IQ4_NL, groups of 32 in super-blocks of 256, 4.25 bits", 4, 32, true, "IQ4_XS", true, 0.0072}),
       grid_row<TernaryGrid>({"tq2_0", "GGUF TQ2_0: ternary, groups of 256, 2.06 bits", 1.6, 256, true, "TQ2_0", false, 0.194}),
   };
   return table;
@@ -361,12 +410,15 @@ std::vector<std::string> grid_names() {
   return names;
 }
 
+std::string grid_span_name(const GridSpec& spec) { return spec.grid->kquant ? str("super-blocks of ", kquant_span) : str("groups of ", spec.group); }
+
 std::int64_t GridSpec::scale_count(std::int64_t columns) const {
   const std::int64_t width = std::max<std::int64_t>(1, group_for(columns));
   return (columns + width - 1) / width;
 }
 
 std::int64_t GridSpec::packed_bytes(std::int64_t rows, std::int64_t columns) const {
+  if (grid->kquant) return rows * ((columns + kquant_span - 1) / kquant_span) * grid->kquant->bytes;
   const std::int64_t side = 2 + (grid->asymmetric ? (grid->integer_zero ? 1 : 2) : 0);
   return rows * (grid->layout.row_bytes(columns) + side * scale_count(columns));
 }
@@ -381,8 +433,8 @@ void grid_check(const GridSpec& spec, const at::Tensor& w) {
   if (!spec.grid->group_fixed) return;
   const std::int64_t group = spec.grid->default_group;
   TORCH_CHECK(spec.group == group, "grid ", std::string(spec.grid->name), " has groups of ", group);
-  if (w.size(1) % group != 0)
-    throw Error(str("a row of ", w.size(1), " weights does not divide into the groups of ", group, " of grid \"", spec.grid->name, "\"")).allowed(str("row lengths that are multiples of ", group)).hint("take a grid with smaller groups, such as q8_0, q4_0 (32) or four_level (64)");
+  if (const std::int64_t span = spec.span_for(w.size(1)); w.size(1) % span != 0)
+    throw Error(str("a row of ", w.size(1), " weights does not divide into the ", grid_span_name(spec), " of grid \"", spec.grid->name, "\"")).allowed(str("row lengths that are multiples of ", span)).hint("take a grid with smaller groups, such as q8_0, q4_0 (32) or four_level (64)");
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct Quantized {
 };
 
 struct GridSpec;
+struct KQuant;
 class LevelTable;
 
 struct Grid {
@@ -56,6 +57,8 @@ struct Grid {
   float (*store_scale)(float);// a scale as it is stored
   bool coarse_scale;          // stored scales are far apart: a refit must be judged after rounding
   bool integer_zero;          // asymmetric: offset = -scale * z with an integer z in code_min..code_max (else a half-precision minimum)
+  // Super-blocks of 256 whose scales are found together and are products of a half and an integer (kquant.h); null on other grids.
+  const KQuant* kquant = nullptr;
 };
 
 std::span<const Grid> grids();
@@ -67,17 +70,30 @@ struct GridSpec {
   const Grid* grid = nullptr;
   std::int64_t group = 0;  // 0 = whole row
   std::int64_t group_for(std::int64_t columns) const { return group > 0 ? group : columns; }
+  // Weights whose scales are found together: a group, or a super-block. A row is a multiple of it where the grid fixes its groups.
+  std::int64_t span_for(std::int64_t columns) const { return grid->kquant ? 256 : group_for(columns); }
   double bits_per_weight(std::int64_t columns) const;  // with scales
   std::int64_t scale_count(std::int64_t columns) const;  // G, scales a row
-  // Bytes of codes, scales (two each) and offsets (two each, or one for an integer zero) as quantization.safetensors holds them.
+  // Bytes of codes, scales (two each) and offsets (two each, or one for an integer zero) as quantization.safetensors holds them;
+  // of ggml's blocks where the grid is one of super-blocks.
   std::int64_t packed_bytes(std::int64_t rows, std::int64_t columns) const;
 };
+
+// "groups of 64", or "super-blocks of 256": what a row must divide into.
+std::string grid_span_name(const GridSpec& spec);
 
 // w float32 [N,K]. Throws Error when the group does not divide K and the grid does not allow a short last group.
 Quantized encode(const GridSpec& spec, const at::Tensor& w, const at::Tensor& importance = {});
 at::Tensor decode(const GridSpec& spec, const Quantized& q);  // float32 [N,K]
 // decode(encode(w)): value only, no gradient.
 at::Tensor round_to_grid(const GridSpec& spec, const at::Tensor& w, const at::Tensor& importance = {});
+
+// Matrices of super-blocks (grid.kquant) as ggml's blocks, [rows, columns / 256 * bytes of one]: what files hold of them.
+// std::logic_error when scales or offsets are not those of super-blocks.
+std::vector<std::byte> kquant_blocks(const Grid& grid, const Quantized& values);
+// decode() of the result equals decode() of what was packed, bit for bit. Error when the bytes do not fit the shape, or hold a
+// factor that is not finite.
+Quantized kquant_values(const Grid& grid, std::span<const std::byte> bytes, std::int64_t rows, std::int64_t columns);
 
 // A quantized tensor with its grid, by the name of its Linear or Embedding: what exporters take.
 struct QuantizedTensor {

@@ -79,7 +79,7 @@ GroupScale hqq_fit(const HqqGroup& group, const GroupScale& start) {
 LayerResult quantize_hqq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options) {
   LayerResult result = quantize_rtn(input, spec, options);
   const Grid& grid = *spec.grid;
-  if (!grid.asymmetric) return result;  // a fallback grid
+  if (!grid.asymmetric || grid.kquant) return result;  // a fallback grid
   result.path = "hqq";
   const at::Tensor weight = input.weight.detach().to(at::kCPU, at::kFloat).contiguous();
   Quantized& q = result.quantized;

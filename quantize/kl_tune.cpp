@@ -48,7 +48,7 @@ void kl_set_vectors(Transformer& model, const std::map<std::string, at::Tensor>&
 std::vector<Linear*> kl_linears(Transformer& model, const QuantizationPlan& plan) {
   std::vector<Linear*> out;
   for (Linear* linear : model.linears())
-    if (const auto found = plan.tensors.find(linear->name); found != plan.tensors.end() && !found->second.grid->levels) out.push_back(linear);
+    if (const auto found = plan.tensors.find(linear->name); found != plan.tensors.end() && !found->second.grid->levels && !found->second.grid->kquant) out.push_back(linear);
   return out;
 }
 

@@ -62,6 +62,7 @@ struct LatentFunction : public torch::autograd::Function<LatentFunction> {
 
 LatentGrid latent_grid(const GridSpec& spec, const Quantized& start) {
   TORCH_CHECK(spec.grid->levels == nullptr, "latents need even levels, those of grid ", std::string(spec.grid->name), " are not");
+  TORCH_CHECK(spec.grid->kquant == nullptr, "latents need free scales, those of grid ", std::string(spec.grid->name), " are tied");
   TORCH_CHECK(start.scales.size(1) > 0 && start.codes.size(1) % start.scales.size(1) == 0, "latents need groups of equal size");
   LatentGrid grid{spec, start.scales.detach().clone(), {}, {}};
   if (!start.offsets.defined()) return grid;

@@ -13,7 +13,7 @@ namespace {
 
 // A group of mixed signs with a zero in it, rounded: is the zero still one?
 bool masked_grid_has_zero(const GridSpec& spec) {
-  const std::int64_t columns = std::max<std::int64_t>(4, spec.group > 0 ? spec.group : spec.grid->default_group);
+  const std::int64_t columns = std::max<std::int64_t>(4, spec.span_for(spec.grid->default_group));
   at::Tensor w = at::linspace(-1.0, 0.7, columns).reshape({1, columns});
   w.slice(1, columns / 2).slice(1, 0, 1).zero_();
   return round_to_grid(spec, w)[0][columns / 2].item<float>() == 0;

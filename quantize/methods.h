@@ -44,6 +44,8 @@ struct LayerResult {
 };
 
 LayerResult quantize_rtn(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
+// encode() with the diagonal of the Hessian as importance.
+LayerResult quantize_imatrix(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // Round to nearest with HQQ's zero points on asymmetric grids; other grids as quantize_rtn.
 LayerResult quantize_hqq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // GPTQ (Frantar et al. 2022) with scales refitted on the compensated weights at the start of every group. With act_order

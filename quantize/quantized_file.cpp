@@ -1,8 +1,9 @@
 // quantization.safetensors of a stage folder: per matrix NAME.codes (packed bytes), NAME.scales (half) and, for grids with
-// offsets, NAME.offsets (half) or NAME.zeros (a byte each); grid, group and shape in the metadata. Reading gives what was
+// offsets, NAME.offsets (half) or NAME.zeros (a byte each); of super-blocks NAME.blocks, ggml's bytes; grid, group and shape in the metadata. Reading gives what was
 // written, bit for bit.
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/error.h"
@@ -53,6 +54,13 @@ void save_quantized(const QuantizedModel& quantized, const std::filesystem::path
   for (const auto& [name, q] : quantized.tensors) {
     const GridSpec& spec = quantized.plan.tensors.at(name);
     const std::int64_t rows = q.codes.size(0), columns = q.codes.size(1), groups = q.scales.size(1);
+    table[name] = Json{{"grid", std::string(spec.grid->name)}, {"group", spec.group}, {"rows", rows}, {"columns", columns}};
+    if (spec.grid->kquant) {
+      std::vector<std::byte> blocks = kquant_blocks(*spec.grid, q);
+      const std::int64_t row_bytes = static_cast<std::int64_t>(blocks.size()) / std::max<std::int64_t>(1, rows);
+      tensors.push_back(make_tensor(name + ".blocks", DType::u8, {rows, row_bytes}, std::move(blocks)));
+      continue;
+    }
     std::vector<std::byte> codes = spec.grid->pack(q.codes);
     const std::int64_t bytes = static_cast<std::int64_t>(codes.size());
     tensors.push_back(make_tensor(name + ".codes", DType::u8, {bytes}, std::move(codes)));
@@ -66,7 +74,6 @@ void save_quantized(const QuantizedModel& quantized, const std::filesystem::path
     } else if (q.offsets.defined()) {
       tensors.push_back(make_tensor(name + ".offsets", DType::f16, {rows, groups}, quantized_halves(q.offsets)));
     }
-    table[name] = Json{{"grid", std::string(spec.grid->name)}, {"group", spec.group}, {"rows", rows}, {"columns", columns}};
   }
   Json fallbacks = Json::array();
   for (const std::string& sentence : quantized.plan.fallbacks) fallbacks.push_back(sentence);
@@ -91,6 +98,11 @@ QuantizedModel load_quantized(const std::filesystem::path& folder) {
     if (rows < 0 || columns < 0 || rows > limit || columns > limit || spec.group < 0) throw Error("tensor " + name + " has an impossible shape").at(place);
     const std::int64_t groups = spec.scale_count(columns);
     Quantized q;
+    out.plan.tensors[name] = spec;
+    if (spec.grid->kquant) {
+      out.tensors[name] = kquant_values(*spec.grid, quantized_tensor(file, name + ".blocks", DType::u8, spec.packed_bytes(rows, columns), place).bytes, rows, columns);
+      continue;
+    }
     const TensorData& codes = quantized_tensor(file, name + ".codes", DType::u8, rows * spec.grid->layout.row_bytes(columns), place);
     q.codes = spec.grid->unpack(codes.bytes, rows, columns);
     q.scales = quantized_read_halves(quantized_tensor(file, name + ".scales", DType::f16, rows * groups, place), rows, groups);
@@ -102,7 +114,6 @@ QuantizedModel load_quantized(const std::filesystem::path& folder) {
     } else if (spec.grid->asymmetric) {
       q.offsets = quantized_read_halves(quantized_tensor(file, name + ".offsets", DType::f16, rows * groups, place), rows, groups);
     }
-    out.plan.tensors[name] = spec;
     out.tensors[name] = std::move(q);
   }
   if (const auto found = file.metadata().find("kompakt.fallbacks"); found != file.metadata().end())

@@ -1,6 +1,8 @@
 // Round to nearest: the data-free method and the last step of quantization-aware training; and the table of methods.
 #include "quantize/methods.h"
 
+#include <ATen/ATen.h>
+
 namespace kompakt {
 
 LayerResult quantize_rtn(const LayerInput& input, const GridSpec& spec, const LayerOptions&) {
@@ -10,10 +12,18 @@ LayerResult quantize_rtn(const LayerInput& input, const GridSpec& spec, const La
   return result;
 }
 
+LayerResult quantize_imatrix(const LayerInput& input, const GridSpec& spec, const LayerOptions&) {
+  LayerResult result;
+  result.quantized = encode(spec, input.weight, input.hessian.defined() ? input.hessian.diagonal() : at::Tensor());
+  result.path = "rtn";
+  return result;
+}
+
 std::span<const QuantizationMethod> quantization_methods() {
   // gptq is the same function with no rounds and no target unless the recipe asks for them.
   static constexpr QuantizationMethod table[] = {
       {"rtn", "round to nearest with the grid's own fit; no data", false, false, false, quantize_rtn},
+      {"imatrix", "round to nearest with scales fitted for each input's mean square, as an importance matrix of llama.cpp; needs calibration data", true, false, false, quantize_imatrix},
       {"gptq", "column by column, each rounding error compensated by the columns to come; needs calibration data", true, false, false, quantize_trifit},
       {"trifit", "gptq towards the teacher's activations, then joint scale refit and coordinate descent over the codes", true, false, false, quantize_trifit},
       {"qad", "quantization-aware distillation: training on the grid itself with straight-through gradients", false, true, false, quantize_rtn},

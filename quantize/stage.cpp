@@ -207,7 +207,7 @@ class QuantizeRun {
       if (input.mask.defined()) keep_zeros(spec, input.mask, layer_result.quantized);
       Json row = describe_layer(linear->name, spec, input.weight, layer_result.quantized);
       describe_output(row, spec, input.weight, layer_result, moments);
-      if (const std::string& path = layer_result.path; path.find("cholesky") != 0 || path.find(',') != std::string::npos)
+      if (const std::string& path = layer_result.path; path != "rtn" && (path.find("cholesky") != 0 || path.find(',') != std::string::npos))
         log_warning(str(context_.title, ": ", linear->name, ": ", path, " (damping ", shortest(layer_result.damping), ")"));
       if (correct_bias) row["bias_shift"] = shift_bias(*linear, decode(spec, layer_result.quantized), moments);
       row["seconds"] = seconds_since(start);

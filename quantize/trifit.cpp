@@ -12,6 +12,7 @@
 #include "quantize/code_rule.h"
 #include "quantize/factors.h"
 #include "quantize/grid_math.h"
+#include "quantize/kquant_polish.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"
 
@@ -244,6 +245,7 @@ std::pair<double, double> trifit_descend(TrifitChunk& c) {
 
 void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec& spec, std::int64_t rounds, Quantized& quantized, std::vector<double>& objective) {
   at::NoGradGuard no_grad;
+  if (spec.grid->kquant) return kquant_polish(weight, hessian, spec, rounds, quantized, objective);
   const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.group_for(columns), groups = spec.scale_count(columns);
   const at::Tensor h = hessian.to(at::kFloat).contiguous(), w = weight.to(at::kFloat).contiguous();
   TrifitMetric metric{h, h.diagonal().reciprocal().contiguous(), {}, {}};

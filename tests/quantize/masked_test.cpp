@@ -113,7 +113,9 @@ TEST_CASE("grids without a zero and bases that mix are refused", "[quantize][mas
   CHECK(contains_all(error_text([&] { check_masks(plan, other.context); }), {"q4_1", "no zero", "ternary", "int4_asym"}));
   plan.tensors["model.layers.0.mlp.up_proj"] = {find_grid("iq4_nl"), 32};
   CHECK(contains_all(error_text([&] { check_masks(plan, other.context); }), {"iq4_nl"}));
-  for (const char* grid : {"ternary", "int4", "int4_asym", "int2_asym", "q4_0", "q8_0", "mxfp4", "nvfp4", "fp8_e4m3", "q2_0", "tq1_0"}) {
+  plan.tensors["model.layers.0.mlp.up_proj"] = {find_grid("q4_k"), 32};
+  CHECK(contains_all(error_text([&] { check_masks(plan, other.context); }), {"q4_k", "no zero", "q6_k"}));
+  for (const char* grid : {"ternary", "int4", "int4_asym", "int2_asym", "q4_0", "q8_0", "mxfp4", "nvfp4", "fp8_e4m3", "q2_0", "tq1_0", "q6_k", "q3_k"}) {
     plan.tensors["model.layers.0.mlp.up_proj"] = {find_grid(grid), find_grid(grid)->default_group};
     CAPTURE(grid);
     CHECK_NOTHROW(check_masks(plan, other.context));
