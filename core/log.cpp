@@ -19,6 +19,7 @@ struct LogState {
   Verbosity verbosity = Verbosity::normal;
   std::vector<std::string> warnings;
   int metrics = -1;
+  std::function<void(const std::string&, const Json&)> listener;
   std::mutex mutex;
 };
 
@@ -42,7 +43,7 @@ std::string yellow(const std::string& text) { return coloured("33", text); }
 std::string red(const std::string& text) { return coloured("31", text); }
 
 void log_info(const std::string& line) {
-  if (state().verbosity == Verbosity::quiet) return;
+  if (state().verbosity != Verbosity::normal) return;
   std::fprintf(stderr, "%s\n", line.c_str());
 }
 
@@ -53,7 +54,7 @@ void log_warning(const std::string& line) {
     if (std::find(list.begin(), list.end(), line) != list.end()) return;  // once is enough
     list.push_back(line);
   }
-  std::fprintf(stderr, "%s %s\n", yellow("warning:").c_str(), line.c_str());
+  if (state().verbosity != Verbosity::silent) std::fprintf(stderr, "%s %s\n", yellow("warning:").c_str(), line.c_str());
   log_metric("warning", Json{{"text", line}});
 }
 
@@ -82,7 +83,10 @@ void log_metric(const std::string& event, const Json& fields) {
   const std::string text = line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
   const std::lock_guard lock(state().mutex);
   if (::write(state().metrics, text.data(), text.size()) != static_cast<ssize_t>(text.size())) throw Error("cannot write to metrics.jsonl", ExitCode::resource).hint("free some space and run again with --resume");
+  if (state().listener) state().listener(event, fields);
 }
+
+void set_metric_listener(std::function<void(const std::string&, const Json&)> listener) { state().listener = std::move(listener); }
 
 Progress::Progress(std::string title, std::int64_t total, std::string unit)
     : title_(std::move(title)), unit_(std::move(unit)), total_(std::max<std::int64_t>(total, 0)), start_(std::chrono::steady_clock::now()), drawn_(start_) {}
@@ -111,7 +115,7 @@ void Progress::finish(const std::string& note) {
 
 void Progress::draw(bool last) {
   drawn_ = std::chrono::steady_clock::now();
-  if (state().verbosity == Verbosity::quiet) return;
+  if (state().verbosity != Verbosity::normal) return;
   const double seconds = std::chrono::duration<double>(drawn_ - start_).count();
   const double rate = seconds > 0 ? static_cast<double>(done_ - std::max<std::int64_t>(first_, 0)) / seconds : 0;
   std::string line = title_;

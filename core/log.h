@@ -4,13 +4,14 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <string>
 
 #include "core/json.h"
 
 namespace kompakt {
 
-enum class Verbosity { quiet, normal };
+enum class Verbosity { silent, quiet, normal };  // silent: errors alone, for all but one of several processes
 void set_verbosity(Verbosity verbosity);
 bool stderr_is_terminal();
 // Colour codes only when stderr is a terminal and NO_COLOR is not set.
@@ -28,6 +29,8 @@ const std::vector<std::string>& warnings(); // in order, this process
 void open_metrics(const std::filesystem::path& file);  // appends to an existing file
 void close_metrics();
 void log_metric(const std::string& event, const Json& fields);
+// Also told of every event while metrics are open; empty = nobody.
+void set_metric_listener(std::function<void(const std::string& event, const Json& fields)> listener);
 
 // A bar with rate and time left on a terminal, one line a minute otherwise. Nothing with --quiet.
 class Progress {

@@ -19,7 +19,7 @@ readonly packages=(
   g++ cmake ninja-build ccache pkg-config git ca-certificates
   python3 python3-venv
   libcxxopts-dev libyaml-cpp-dev libhdf5-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libssl-dev libzstd-dev
-  libpugixml-dev catch2 xz-utils
+  libpugixml-dev libgloo-dev catch2 xz-utils
 )
 
 check_only=0

@@ -19,13 +19,14 @@ MAY_INCLUDE = {
     "data": ["core", "formats"],
     "model": ["core", "formats"],
     "evaluate": ["core", "formats", "data", "model"],
-    "train": ["core", "formats", "data", "model", "evaluate"],
+    "distributed": ["core"],
+    "train": ["core", "formats", "data", "model", "evaluate", "distributed"],
     "distill": ["core", "formats", "data", "model", "evaluate", "train"],
     "prune": ["core", "formats", "data", "model", "evaluate", "train"],
     "quantize": ["core", "formats", "data", "model", "evaluate", "train"],
     "export": ["core", "formats", "model", "quantize/grids.h"],
     "report": ["core", "formats"],
-    "pipeline": ["core", "formats", "data", "model", "evaluate", "train", "distill", "prune", "quantize", "export", "report"],
+    "pipeline": ["core", "formats", "data", "model", "evaluate", "distributed", "train", "distill", "prune", "quantize", "export", "report"],
     "cli": ["core", "report", "pipeline"],
 }
 FREE_FOLDERS = ["tests", "benchmarks"]  # may include everything
@@ -47,7 +48,9 @@ ONE_DOOR = {
     "zstd": r"z(std|dict)(_errors)?\.h$",
     "sentencepiece": r"sentencepiece",
     "ONNX": r"onnx(/|\.pb\.h)",
-    "Gloo": r"gloo/",
+    "Gloo": r"gloo/|torch/csrc/distributed/c10d/ProcessGroupGloo",
+    "NCCL": r"nccl|torch/csrc/distributed/c10d/ProcessGroupNCCL",
+    "c10d's store": r"torch/csrc/distributed/c10d/TCPStore",
     "NVML": r"nvml\.h",
 }
 DOORS = {"nlohmann-json": (r"nlohmann/", "core/json.h"), "ATen's parallel_for": (r"ATen/Parallel", "model/parallel.h")}  # a fixed file

@@ -18,6 +18,10 @@
 
 namespace kompakt {
 
+class Collective;
+
+class BatchSampler;
+
 // Data tokenized for the model that the stage works on. The test set is never handed to a stage.
 struct TaskData {
   enum class Kind { classification, text };
@@ -42,8 +46,10 @@ struct StageContext {
   c10::Device device = c10::Device(c10::kCPU);
   const TaskData* data = nullptr;
   TeacherSource* teacher = nullptr;  // null when the run has none
+  BatchSampler* sampler = nullptr;   // puts generated texts in place of the data's; null = none
   std::vector<std::int64_t> layer_map;  // student layer -> teacher layer whose output it follows; kept from stage to stage
   WeightMasks masks;             // in and out, kept from stage to stage: train() and the stage quantize leave these weights zero
+  Collective* ranks = nullptr;   // the other processes that train with this one; null = none
   Json* details = nullptr;           // the stage's part of the report: loss_curve, layers, removed, ...
 };
 

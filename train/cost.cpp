@@ -16,7 +16,7 @@ double cost_kept_floats(const ModelConfig& config) {
   const double d = static_cast<double>(config.hidden), f = static_cast<double>(config.ffn);
   const double q = static_cast<double>(config.heads * config.head_dim), kv = static_cast<double>(config.kv_heads * config.head_dim);
   const double inner = config.family && config.family->gated_mlp ? 4 * f : 2 * f;  // gate, up, activated, product
-  return 4 * d + 2 * q + 2 * kv + 2 * d + inner;
+  return 4 * d + 2 * q + 2 * kv + 2 * d + inner + (config.sub_norms ? q + f : 0);
 }
 
 // Forward operations a token: 2 a weight; scores and mixing of attention: 4 T (H hd) a layer.
@@ -89,7 +89,7 @@ TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, s
   const double widest = classifier ? std::min(3 * sequence, config.max_positions > 0 ? static_cast<double>(config.max_positions) : 3 * sequence) : sequence;
   const double batch_tokens = static_cast<double>(options.batch_size) * widest;
   double bytes = process_bytes + 4 * (blocks + embedding);                         // weights
-  bytes += 4 * trained * 3;                                                        // gradients, two moments
+  bytes += trained * (optimizer_is_8bit(options.optimizer) ? 4 + 2 : 4 * 3);          // gradients, two moments
   bytes += 4 * trained;                                                            // copies while compacted, state being written
   // Graph and its gradients in flight: all layers, or one and the inputs of all.
   const double kept = options.recompute ? cost_kept_floats(config) + static_cast<double>(config.hidden * (config.layers - below)) : cost_kept_floats(config) * static_cast<double>(config.layers - below);

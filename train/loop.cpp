@@ -17,13 +17,19 @@
 #include "core/system.h"
 #include "core/text.h"
 #include "model/checkpoint.h"
+#include "distributed/collective.h"
+#include "train/attachment.h"
+#include "train/bad_batch.h"
+#include "train/batch_sampler.h"
 #include "train/clip.h"
+#include "train/data_parallel.h"
 #include "train/dev_score.h"
 #include "train/ema.h"
 #include "train/lora.h"
 #include "train/mask.h"
 #include "train/optimizer.h"
 #include "train/precision.h"
+#include "train/rate_finder.h"
 #include "train/schedule.h"
 #include "train/state.h"
 #include "train/step_batches.h"
@@ -46,49 +52,6 @@ void loop_keep_memory() {
   });
 }
 
-// Everything that training changes about a model besides its weights, undone in reverse order on every way out.
-class Attachment {
- public:
-  Attachment(Transformer& model, const std::vector<std::shared_ptr<Constraint>>& constraints, const at::Tensor& used_ids, double dropout, bool recompute)
-      : model_(model), constraints_(constraints), dropout_(model.dropout) {
-    if (used_ids.defined()) model_.tokens.compact(used_ids);
-    model_.dropout = dropout;
-    model_.recompute_blocks = recompute;
-    try {
-      for (; attached_ < constraints_.size(); ++attached_) constraints_[attached_]->attach(model_);
-    } catch (...) {
-      undo();
-      throw;
-    }
-  }
-  ~Attachment() {
-    try {
-      undo();
-    } catch (const std::exception& error) {
-      log_warning(str("leaving the training loop: ", error.what()));
-    }
-  }
-  Attachment(const Attachment&) = delete;
-  Attachment& operator=(const Attachment&) = delete;
-  void undo() {
-    if (undone_) return;
-    undone_ = true;
-    while (attached_ > 0) constraints_[--attached_]->detach(model_);
-    for (const NamedParameter& parameter : model_.parameters()) parameter.value->mutable_grad() = at::Tensor();
-    model_.requires_grad(false);
-    if (model_.tokens.compacted()) model_.tokens.expand();
-    model_.dropout = dropout_;
-    model_.recompute_blocks = false;
-  }
-
- private:
-  Transformer& model_;
-  const std::vector<std::shared_ptr<Constraint>>& constraints_;
-  double dropout_;
-  std::size_t attached_ = 0;
-  bool undone_ = false;
-};
-
 // Sorted unique ids that training and scoring can meet, padding included.
 at::Tensor loop_used_ids(const TaskData& data) {
   if (data.kind != TaskData::Kind::classification) return {};
@@ -107,6 +70,8 @@ class TrainingRun {
       : model_(model), options_(options), objectives_(objectives), constraints_(constraints), context_(context), monitor_(monitor), data_(check_data()),
         schedule_(find_schedule(options.schedule)), bf16_(use_bf16(options.precision, context.device)), classification_(data_.kind == TaskData::Kind::classification) {
     if (objectives_.empty()) throw std::logic_error("train: no objective");
+    if (monitor_ && context_.ranks) throw std::logic_error("train: a monitor watches one process");
+    if (context_.ranks) check_world_fits(options_.batch_size, options_.accumulate, context_.ranks->world(), context_.title);
     loop_keep_memory();
     check_model();
     if (model_.device() != context_.device) model_.to(context_.device);
@@ -126,17 +91,29 @@ class TrainingRun {
     const std::uint64_t order_seed = CounterRandom(context_.seed, "data-order").key();
     const StepBatches batches(data_, options_, order_seed);
     steps_ = batches.steps();
+    if (needs_teacher_) leader_first(context_.ranks, [&] { context_.teacher->prepare(teacher_taps_); });
+    if (context_.ranks) share_weights(*context_.ranks, model_);
     identity_ = identity();
-    if (needs_teacher_) context_.teacher->prepare(teacher_taps_);
+    if (context_.ranks) context_.ranks->check_equal(identity_.dump(), "model, teacher, data or options", "all ranks need the same recipe, data and version of kompakt");
 
     Attachment attachment(model_, constraints_, loop_used_ids(data_), options_.dropout, options_.recompute);
-    AdamW optimizer(all_parameters(), options_.beta1, options_.beta2, options_.epsilon);
+    const std::vector<TrainableParameter> trainable = all_parameters();
+    DataParallel parallel(context_.ranks, trainable);
+    parallel_ = &parallel;
+    const AdamWOptions adamw{options_.beta1, options_.beta2, options_.epsilon, optimizer_is_8bit(options_.optimizer)};
+    AdamW optimizer(trainable, adamw, parallel.mine());
     optimizer_ = &optimizer;
     EmaWeights ema(weights(), options_.ema);
     ema_ = &ema;
     const Json saved = restore();
     Telemetry telemetry(context_.title, steps_, saved.is_null() ? Json() : saved.at("telemetry"));
     telemetry_ = &telemetry;
+    if (saved.is_null() && options_.find_learning_rate) {
+      AdamW sweep(trainable, adamw, parallel.mine());
+      optimizer_ = &sweep;
+      find_rate(batches);
+      optimizer_ = &optimizer;
+    }
     if (bf16_) log_info(context_.title + ": bfloat16 autocast over float32 weights");
 
     while (step_ < steps_ && !enough()) {
@@ -144,13 +121,19 @@ class TrainingRun {
       ++step_;
       if (batches.ends_epoch(step_ - 1) || (options_.evaluate_every_steps > 0 && step_ % options_.evaluate_every_steps == 0)) score_epoch(batches);
       if (monitor_) monitor_->after_step(model_, step_, steps_);
-      const bool stop = interrupted();
+      const bool stop = parallel.several() ? stop_ : interrupted();
       if (stop || step_ == steps_ || enough() || step_ % options_.save_every_steps == 0) save();
-      if (stop && step_ < steps_ && !enough()) check_interrupted();
+      if (stop && step_ < steps_ && !enough()) {
+        if (!interrupted()) request_interrupt(15);  // it came to another rank
+        check_interrupted();
+      }
     }
     if (enough() && step_ < steps_) log_info(str(context_.title, ": stopped after step ", step_, " of ", steps_, ": the best held-out score was that of step ", best_step_));
     if (options_.keep == "best" && best_step_ > 0) {
-      if (best_step_ != step_ || ema.active()) load_state(best_file(), weights());
+      if (best_step_ != step_ || ema.active()) {
+        if (parallel.leader()) load_state(best_file(), weights());
+        parallel.from_leader(weights());
+      }
     } else if (ema.active()) {
       ema.swap();
     }
@@ -160,6 +143,8 @@ class TrainingRun {
       (*context_.details)["dev_curve"] = telemetry.dev_curve();
       (*context_.details)["steps"] = step_;
       (*context_.details)["precision"] = bf16_ ? "bf16" : "float32";
+      if (context_.ranks) (*context_.details)["ranks"] = context_.ranks->world();
+      if (!rate_finder_.is_null()) (*context_.details)["learning_rate_finder"] = rate_finder_;
     }
     attachment.undo();
     const bool best = options_.keep == "best" && best_step_ > 0;
@@ -202,6 +187,7 @@ class TrainingRun {
     out["model"] = fingerprint(model_);
     out["teacher"] = needs_teacher_ ? Json(context_.teacher->fingerprint()) : Json();
     out["precision"] = bf16_ ? "bf16" : "float32";
+    if (context_.sampler) out["sampler"] = context_.sampler->identity();
     out["constraints"] = Json::array();
     for (const auto& constraint : constraints_) out["constraints"].push_back(constraint->name());
     return out;
@@ -230,18 +216,20 @@ class TrainingRun {
   std::filesystem::path state_file() const { return context_.work / "state.safetensors"; }
   std::filesystem::path best_file() const { return context_.work / str("best-", best_step_, ".safetensors"); }
 
-  NamedTensors state_tensors() const {
+  NamedTensors state_tensors(const NamedTensors& moments) const {
     NamedTensors tensors = weights();
-    for (auto& entry : optimizer_->state()) tensors.push_back(std::move(entry));
-    for (auto& entry : ema_->state()) tensors.push_back(std::move(entry));
+    for (const NamedTensors& list : {moments, ema_->state()}) tensors.insert(tensors.end(), list.begin(), list.end());
     return tensors;
   }
 
+  // Every rank takes part: the moments are spread over them. The first one writes.
   void save() const {
+    const NamedTensors moments = parallel_->whole_state(*optimizer_);
+    if (!parallel_->leader()) return;
     const auto number = [](double value) { return std::isnan(value) ? Json() : Json(value); };
-    save_state(state_file(), state_tensors(), {{"identity", identity_}, {"step", step_}, {"last_loss", last_loss_}, {"last_score", number(last_score_)},
+    save_state(state_file(), state_tensors(moments), {{"identity", identity_}, {"step", step_}, {"last_loss", last_loss_}, {"last_score", number(last_score_)},
                                        {"best_step", best_step_}, {"best_score", number(best_score_)}, {"stale", stale_}, {"telemetry", telemetry_->save()},
-                                               {"monitor", monitor_ ? monitor_->save() : Json()}});
+                                               {"monitor", monitor_ ? monitor_->save() : Json()}, {"rate_scale", rate_scale_}, {"rate_finder", rate_finder_}});
     for (const auto& entry : std::filesystem::directory_iterator(context_.work)) {  // only what the new state points to is needed
       if (starts_with(entry.path().filename().string(), "best-") && entry.path() != best_file()) std::filesystem::remove(entry.path());
     }
@@ -251,10 +239,15 @@ class TrainingRun {
     if (context_.work.empty()) throw std::logic_error("train: no work folder");
     std::filesystem::create_directories(context_.work);
     if (!context_.resume) return nullptr;
-    const Json saved = read_state_json(state_file());
+    const bool leader = parallel_->leader();
+    const Json saved = parse_json(parallel_->from_leader(leader ? read_state_json(state_file()).dump() : ""), state_file().string());
     if (saved.is_null()) return nullptr;
-    check_identity(saved.at("identity"), identity_, state_file());
-    load_state(state_file(), state_tensors());
+    if (leader) check_identity(saved.at("identity"), identity_, state_file());
+    const NamedTensors moments = leader ? optimizer_->state() : NamedTensors();
+    if (leader) load_state(state_file(), state_tensors(moments));
+    parallel_->give_state(moments, *optimizer_);
+    parallel_->from_leader(weights());
+    parallel_->from_leader(ema_->state());
     const auto number = [](const Json& json) { return json.is_null() ? std::numeric_limits<double>::quiet_NaN() : json.get<double>(); };
     step_ = saved.at("step").get<std::int64_t>();
     last_loss_ = number(saved.at("last_loss"));
@@ -263,13 +256,15 @@ class TrainingRun {
     best_score_ = number(saved.at("best_score"));
     stale_ = saved.at("stale").get<std::int64_t>();
     if (monitor_) monitor_->restore(saved.at("monitor"));
+    rate_scale_ = saved.at("rate_scale").get<double>();
+    rate_finder_ = saved.at("rate_finder");
     log_info(str(context_.title, ": going on after step ", step_, " of ", steps_));
     return saved;
   }
 
   void score_epoch(const StepBatches& batches) {
     ema_->swap();
-    last_score_ = held_out_score();
+    last_score_ = parallel_->from_leader(parallel_->leader() ? held_out_score() : 0.0);  // the others wait
     if (!std::isnan(last_score_)) keep_score(batches);
     ema_->swap();
   }
@@ -281,7 +276,7 @@ class TrainingRun {
     best_score_ = last_score_;
     best_step_ = step_;
     stale_ = 0;
-    if (options_.keep == "best") save_state(best_file(), weights(), Json::object());
+    if (options_.keep == "best" && parallel_->leader()) save_state(best_file(), weights(), Json::object());
   }
 
   bool enough() const { return (monitor_ && monitor_->enough()) || (options_.stop_after > 0 && stale_ >= options_.stop_after); }
@@ -341,29 +336,41 @@ class TrainingRun {
     return total;
   }
 
-  void one_step(const std::vector<TokenBatch>& batches) {
-    // Every draw of the step comes from here, so that a resumed run sees the same dropout.
-    at::manual_seed(CounterRandom(context_.seed, "train-step").bits(static_cast<std::uint64_t>(step_)) & 0xffffffffu);
-    for (const auto& constraint : constraints_) constraint->before_forward(model_, step_, steps_);
+  // Gradients of the mean loss over all micro batches of a step, and its numbers. `draws`: stream of everything random in it.
+  StepRecord compute(std::vector<TokenBatch>& batches, const char* draws, std::int64_t step) {
+    // Every draw of a micro batch comes from here, so that a resumed run sees the same dropout, whichever rank computes it.
+    const auto reseed = [&](std::size_t micro) {
+      at::manual_seed(CounterRandom(context_.seed, micro == 0 ? std::string(draws) : str(draws, "/", micro)).bits(static_cast<std::uint64_t>(step)) & 0xffffffffu);
+    };
+    reseed(0);
+    for (const auto& constraint : constraints_) constraint->before_forward(model_, step, steps_);
+    if (context_.sampler) {  // on every rank alike: all need to know what the others have
+      const AutocastGuard autocast(context_.device, bf16_);
+      context_.sampler->sample(model_, step, batches);
+    }
     optimizer_->zero_grad();
     std::vector<double> counts;
     double all_targets = 0;
+    std::vector<std::size_t> ours;  // of the micro batches that predict something, those that this rank computes
     StepRecord record;
+    std::size_t filled = 0;
     for (const TokenBatch& batch : batches) {
       counts.push_back(static_cast<double>(count_targets(batch)));
       all_targets += counts.back();
       record.tokens += batch.tokens();
+      if (counts.back() > 0 && parallel_->takes(filled++)) ours.push_back(counts.size() - 1);
     }
-    if (all_targets == 0) throw Error(str("step ", step_ + 1, " has nothing to predict")).at(context_.title).hint("documents of one token cannot be trained on: check the data");
+    if (all_targets == 0) throw Error(str("step ", step + 1, " has nothing to predict")).at(context_.title).hint("documents of one token cannot be trained on: check the data");
 
     // Means over the whole step: a micro batch counts by its targets, not as one of so many.
     at::Tensor loss;
     std::vector<std::pair<std::string, at::Tensor>> parts;
-    for (std::size_t i = 0; i < batches.size(); ++i) {
-      if (counts[i] == 0) continue;
+    for (const std::size_t i : ours) {
+      if (i > 0) reseed(i);
       const double weight = counts[i] / all_targets;
       std::vector<LossPart> micro_parts;
       at::Tensor value = micro_loss(batches[i], micro_parts);
+      if (i == ours.back()) parallel_->before_last_backward();
       (weight == 1 ? value : value * weight).backward();
       at::NoGradGuard no_grad;
       const at::Tensor share = value.detach().to(at::kFloat) * weight;
@@ -375,45 +382,80 @@ class TrainingRun {
         else found->second = found->second + part_share;
       }
     }
+    record.step = step + 1;
     // One transfer from the device for all numbers of the step.
+    const auto to_host = [](const std::vector<at::Tensor>& numbers) { return at::stack(numbers).to(at::kCPU, at::kDouble); };
+    if (parallel_->several()) {
+      StepShare share;
+      share.interrupted = interrupted();
+      if (loss.defined()) {
+        std::vector<at::Tensor> numbers = {loss};
+        for (const auto& [name, value] : parts) numbers.push_back(value.to(loss.device()));
+        const at::Tensor host = to_host(numbers);
+        share.loss = host[0].item<double>();
+        for (std::size_t i = 0; i < parts.size(); ++i) share.parts.emplace_back(parts[i].first, host[static_cast<std::int64_t>(i) + 1].item<double>());
+      }
+      const StepShare all = parallel_->finish_step(share);
+      record.loss = all.loss, record.parts = all.parts, stop_ = all.interrupted;
+      record.gradient_norm = global_norm(optimizer_->gradients()).item<double>();
+      return record;
+    }
     std::vector<at::Tensor> numbers = {loss, global_norm(optimizer_->gradients()).to(loss.device())};
     for (const auto& [name, value] : parts) numbers.push_back(value.to(loss.device()));
-    const at::Tensor host = at::stack(numbers).to(at::kCPU, at::kDouble);
+    const at::Tensor host = to_host(numbers);
     const double* values = host.const_data_ptr<double>();
-    record.step = step_ + 1;
     record.loss = values[0];
     record.gradient_norm = values[1];
     for (std::size_t i = 0; i < parts.size(); ++i) record.parts.emplace_back(parts[i].first, values[i + 2]);
-    if (!std::isfinite(record.loss) || !std::isfinite(record.gradient_norm)) stop_for_bad_batch(batches, record);
+    return record;
+  }
 
+  void update(const StepRecord& record, double factor) {
     const double divisor = clip_divisor(record.gradient_norm, options_.clip);
-    const double factor = schedule_factor(schedule_, step_, steps_, options_.warmup, options_.final_ratio);
     optimizer_->step(factor, divisor == 1 ? at::Tensor() : at::full({}, divisor, at::TensorOptions().dtype(at::kFloat).device(context_.device)));
+    parallel_->share_parameters();
     for (const auto& constraint : constraints_) constraint->after_step(model_);
+  }
+
+  void one_step(std::vector<TokenBatch> batches) {
+    StepRecord record = compute(batches, "train-step", step_);
+    if (!std::isfinite(record.loss) || !std::isfinite(record.gradient_norm)) stop_for_bad_batch(context_.work, context_.title, batches, record, parallel_->leader());
+    const double factor = rate_scale_ * schedule_factor(schedule_, step_, steps_, options_.warmup, options_.final_ratio);
+    update(record, factor);
     ema_->update(step_ + 1);
     record.learning_rate = options_.learning_rate * factor;
     last_loss_ = record.loss;
     telemetry_->step(record);
   }
 
-  [[noreturn]] void stop_for_bad_batch(const std::vector<TokenBatch>& batches, const StepRecord& record) const {
-    Json json = {{"step", record.step}, {"loss", record.loss}, {"gradient_norm", record.gradient_norm}, {"parts", Json::object()}, {"micro_batches", Json::array()}};
-    for (const auto& [name, value] : record.parts) json["parts"][name] = value;
-    for (const TokenBatch& batch : batches) {
-      Json rows = Json::array();
-      for (std::int64_t r = 0; r < batch.rows; ++r) {
-        const auto first = batch.ids.begin() + r * batch.columns;
-        rows.push_back({{"example", batch.examples.empty() ? -1 : batch.examples[static_cast<std::size_t>(r)]}, {"label", batch.labels.empty() ? -1 : batch.labels[static_cast<std::size_t>(r)]},
-                        {"ids", std::vector<std::int64_t>(first, first + (batch.lengths.empty() ? batch.columns : batch.lengths[static_cast<std::size_t>(r)]))}});
+  // Steps with a growing learning rate on the data of the first steps, with an optimizer of their own; the weights come back.
+  void find_rate(const StepBatches& batches) {
+    NamedTensors before = weights();
+    for (auto& [name, value] : before) value = value.detach().clone();
+    RateFinder finder;
+    Progress progress(context_.title + " learning rate", RateFinder::steps);
+    bool over = false;
+    for (std::int64_t i = 0; i < RateFinder::steps && !over; ++i) {
+      std::vector<TokenBatch> micro_batches = batches.micro_batches(i % steps_);
+      const StepRecord record = compute(micro_batches, "rate-finder", i);
+      over = finder.add(RateFinder::rate(i), std::isfinite(record.gradient_norm) ? record.loss : record.gradient_norm);
+      if (!over) update(record, RateFinder::rate(i) / options_.learning_rate);
+      if (parallel_->several() ? stop_ : interrupted()) {  // nothing is lost: a resumed run sweeps again
+        if (!interrupted()) request_interrupt(15);
+        check_interrupted();
       }
-      json["micro_batches"].push_back(std::move(rows));
+      progress.update(i + 1, "loss " + fixed(record.loss, 3));
     }
-    const std::filesystem::path file = context_.work / "bad_batch.json";
-    write_json(file, json);
-    std::vector<std::string> parts;
-    for (const auto& [name, value] : record.parts) parts.push_back(name + " " + shortest(value));
-    throw Error(str("step ", record.step, ": the ", std::isfinite(record.loss) ? "gradient" : "loss", " is not finite (loss ", shortest(record.loss), ", gradient norm ", shortest(record.gradient_norm), "; ", join(parts, ", "), ")"))
-        .at(context_.title).hint("the batch lies in " + file.string() + "; a lower learning rate, a longer warm-up or clipping helps most often");
+    const at::NoGradGuard no_grad;
+    const NamedTensors after = weights();
+    for (std::size_t i = 0; i < after.size(); ++i) after[i].second.detach().copy_(before[i].second);
+    optimizer_->zero_grad();
+    const std::optional<double> rate = finder.steepest();
+    rate_finder_ = Json{{"learning_rate", rate.value_or(options_.learning_rate)}, {"falls", rate.has_value()}, {"curve", Json::array()}};
+    for (const RatePoint& point : finder.curve()) rate_finder_["curve"].push_back({{"learning_rate", point.rate}, {"loss", point.loss}});
+    if (rate) rate_scale_ = *rate / options_.learning_rate;
+    progress.finish(rate ? "learning rate " + shortest(*rate) : std::string());
+    if (!rate) log_warning(str(context_.title, ": the loss fell at no learning rate of the sweep; ", shortest(options_.learning_rate), " of the recipe stays"));
   }
 
   Transformer& model_;
@@ -427,10 +469,14 @@ class TrainingRun {
   const bool bf16_, classification_;
   bool needs_teacher_ = false, needs_logits_ = false;
   std::set<std::string> student_taps_, teacher_taps_;
-  AdamW* optimizer_ = nullptr;      // live in run()
+  DataParallel* parallel_ = nullptr;  // live in run(), as the next three
+  AdamW* optimizer_ = nullptr;
   EmaWeights* ema_ = nullptr;
   Telemetry* telemetry_ = nullptr;
   Json identity_;
+  Json rate_finder_;       // null: no sweep
+  double rate_scale_ = 1;  // found learning rate / that of the recipe
+  bool stop_ = false;      // a signal has come to some rank
   std::int64_t steps_ = 0, step_ = 0;  // step_: done
   double last_loss_ = 0, last_score_ = std::numeric_limits<double>::quiet_NaN(), best_score_ = std::numeric_limits<double>::quiet_NaN();
   std::int64_t best_step_ = 0;  // 0 = none yet

@@ -12,6 +12,16 @@
 #include "train/optimizer.h"
 
 namespace kompakt {
+namespace {
+
+// W [out,in], A [rank,in], B [out,rank], m [out] -> m V / |V| by rows. A row of zeros stays zero.
+at::Tensor dora_weight(const at::Tensor& weight, const at::Tensor& a, const at::Tensor& b, const at::Tensor& magnitude, double scale) {
+  const at::Tensor direction = weight.detach() + at::mm(b, a) * scale;
+  const at::Tensor length = at::linalg_vector_norm(direction.detach(), 2, at::IntArrayRef{1}).clamp_min(1e-12);
+  return direction * (magnitude / length).unsqueeze(1);
+}
+
+}  // namespace
 
 void LoraAdapters::attach(Transformer& model) {
   std::vector<std::string> names;
@@ -31,7 +41,12 @@ void LoraAdapters::attach(Transformer& model) {
     for (std::int64_t i = 0; i < a.numel(); ++i) values[i] = static_cast<float>((2 * random.uniform(static_cast<std::uint64_t>(i)) - 1) / std::sqrt(static_cast<double>(in)));
     Adapter adapter{linear, linear->name, a.to(linear->weight.device()), at::zeros({out, rank}, linear->weight.options().dtype(at::kFloat).requires_grad(false))};
     // The tensors are shared with the optimizer, which changes them in place.
-    linear->side = [a = adapter.a, b = adapter.b, scale = scale()](const at::Tensor& x) { return at::linear(at::linear(x, a), b) * scale; };
+    if (options_.dora) {
+      adapter.magnitude = at::linalg_vector_norm(linear->weight.detach().to(at::kFloat), 2, at::IntArrayRef{1});
+      linear->transform = [a = adapter.a, b = adapter.b, m = adapter.magnitude, scale = scale()](const at::Tensor& weight) { return dora_weight(weight, a, b, m, scale); };
+    } else {
+      linear->side = [a = adapter.a, b = adapter.b, scale = scale()](const at::Tensor& x) { return at::linear(at::linear(x, a), b) * scale; };
+    }
     adapters_.push_back(std::move(adapter));
   }
 }
@@ -39,8 +54,9 @@ void LoraAdapters::attach(Transformer& model) {
 void LoraAdapters::detach(Transformer&) {
   const at::NoGradGuard no_grad;
   for (Adapter& adapter : adapters_) {
-    adapter.linear->side = {};
-    adapter.linear->weight.addmm_(adapter.b, adapter.a, 1, scale());
+    adapter.linear->side = {}, adapter.linear->transform = {};
+    if (adapter.magnitude.defined()) adapter.linear->weight.copy_(dora_weight(adapter.linear->weight, adapter.a, adapter.b, adapter.magnitude, scale()));
+    else adapter.linear->weight.addmm_(adapter.b, adapter.a, 1, scale());
   }
   adapters_.clear();
 }
@@ -50,6 +66,7 @@ std::vector<std::pair<std::string, at::Tensor>> LoraAdapters::parameters() {
   for (const Adapter& adapter : adapters_) {
     out.emplace_back(adapter.name + ".lora_A", adapter.a);
     out.emplace_back(adapter.name + ".lora_B", adapter.b);
+    if (adapter.magnitude.defined()) out.emplace_back(adapter.name + ".lora_magnitude", adapter.magnitude);
   }
   return out;
 }

@@ -1,5 +1,7 @@
 // Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): y = x W' + alpha / rank (x A') B', W frozen. Only A and B have gradients and
 // moments; when training ends W becomes W + alpha / rank B A, so that what is saved is a plain model.
+// With `dora` (Liu et al. 2024, arXiv 2402.09353) every row of V = W + alpha / rank B A is scaled to a trained length m, which starts as
+// that of W: W' = m V / |V|, no gradient through |V| (section 4.3 there).
 #pragma once
 
 #include <cstdint>
@@ -26,6 +28,7 @@ class LoraAdapters final : public Constraint {
     Linear* linear;
     std::string name;
     at::Tensor a, b;  // [rank, in], [out, rank]
+    at::Tensor magnitude;  // [out]; undefined without dora
   };
   double scale() const { return options_.alpha / static_cast<double>(options_.rank); }
   LoraOptions options_;

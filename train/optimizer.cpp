@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <set>
+#include <stdexcept>
 
 #include "core/error.h"
 #include "core/text.h"
@@ -71,17 +72,51 @@ std::vector<TrainableParameter> trainable_parameters(Transformer& model, const T
   return out;
 }
 
-AdamW::AdamW(std::vector<TrainableParameter> parameters, double beta1, double beta2, double epsilon)
-    : parameters_(std::move(parameters)), beta1_(beta1), beta2_(beta2), epsilon_(epsilon) {
+namespace {
+
+struct OptimizerRow {
+  const char* name;
+  bool eight_bit;
+};
+constexpr OptimizerRow optimizers[] = {{"adamw", false}, {"adamw_8bit", true}};
+
+}  // namespace
+
+std::vector<std::string> optimizer_names() {
+  std::vector<std::string> names;
+  for (const OptimizerRow& row : optimizers) names.emplace_back(row.name);
+  return names;
+}
+
+bool optimizer_is_8bit(const std::string& name) {
+  for (const OptimizerRow& row : optimizers)
+    if (row.name == name) return row.eight_bit;
+  throw std::logic_error("optimizer_is_8bit: no row " + name);
+}
+
+AdamW::AdamW(std::vector<TrainableParameter> parameters, const AdamWOptions& options, std::vector<bool> mine) : parameters_(std::move(parameters)), options_(options), mine_(std::move(mine)) {
+  if (mine_.empty()) mine_.assign(parameters_.size(), true);
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     const TrainableParameter& parameter = parameters_[i];
-    first_.push_back(at::zeros_like(parameter.value.detach(), at::MemoryFormat::Contiguous));
-    second_.push_back(at::zeros_like(parameter.value.detach(), at::MemoryFormat::Contiguous));
-    steps_.push_back(at::zeros({}, parameter.value.options().dtype(at::kFloat).requires_grad(false)));
+    moments_.push_back(mine_[i] ? make_moments(parameter.value) : Moments());
     auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) { return g.learning_rate == parameter.learning_rate && g.weight_decay == parameter.weight_decay; });
     if (group == groups_.end()) group = groups_.insert(groups_.end(), Group{parameter.learning_rate, parameter.weight_decay, {}});
-    group->members.push_back(i);
+    if (mine_[i]) group->members.push_back(i);
   }
+}
+
+AdamW::Moments AdamW::make_moments(const at::Tensor& value) const {
+  Moments out;
+  out.eight_bit = options_.eight_bit && value.numel() >= least_8bit_size && value.scalar_type() == at::kFloat;
+  if (out.eight_bit) {
+    out.first_8bit = zero_moment(value.numel(), true, value.device());
+    out.second_8bit = zero_moment(value.numel(), false, value.device());
+  } else {
+    out.first = at::zeros_like(value.detach(), at::MemoryFormat::Contiguous);
+    out.second = at::zeros_like(value.detach(), at::MemoryFormat::Contiguous);
+  }
+  out.steps = at::zeros({}, value.options().dtype(at::kFloat).requires_grad(false));
+  return out;
 }
 
 void AdamW::step(double factor, const at::Tensor& gradient_divisor) {
@@ -90,17 +125,31 @@ void AdamW::step(double factor, const at::Tensor& gradient_divisor) {
     std::vector<at::Tensor> values, gradients, first, second, steps;
     for (std::size_t i : group.members) {
       const at::Tensor& gradient = parameters_[i].value.grad();
-      if (!gradient.defined()) continue;
+      if (!gradient.defined() || moments_[i].eight_bit) continue;
       values.push_back(parameters_[i].value);
       gradients.push_back(gradient);
-      first.push_back(first_[i]);
-      second.push_back(second_[i]);
-      steps.push_back(steps_[i]);
+      first.push_back(moments_[i].first);
+      second.push_back(moments_[i].second);
+      steps.push_back(moments_[i].steps);
     }
+    if (options_.eight_bit) step_8bit(group, factor, gradient_divisor);
     if (values.empty()) continue;
     at::_foreach_add_(steps, 1);
     const std::optional<at::Tensor> divisor = gradient_divisor.defined() ? std::optional<at::Tensor>(gradient_divisor) : std::nullopt;
-    at::_fused_adamw_(values, gradients, first, second, {}, steps, group.learning_rate * factor, beta1_, beta2_, group.weight_decay, epsilon_, false, false, divisor, std::nullopt);
+    at::_fused_adamw_(values, gradients, first, second, {}, steps, group.learning_rate * factor, options_.beta1, options_.beta2, group.weight_decay, options_.epsilon, false, false, divisor, std::nullopt);
+  }
+}
+
+void AdamW::step_8bit(const Group& group, double factor, const at::Tensor& gradient_divisor) {
+  AdamStep step{group.learning_rate * factor, options_.beta1, options_.beta2, group.weight_decay, options_.epsilon};
+  step.divisor = gradient_divisor.defined() ? gradient_divisor.item<double>() : 1.0;
+  for (std::size_t i : group.members) {
+    Moments& moments = moments_[i];
+    const at::Tensor& gradient = parameters_[i].value.grad();
+    if (!gradient.defined() || !moments.eight_bit) continue;
+    moments.steps.add_(1);
+    step.step = moments.steps.item<double>();
+    adamw_8bit_step(parameters_[i].value, gradient, moments.first_8bit, moments.second_8bit, step);
   }
 }
 
@@ -117,13 +166,23 @@ std::vector<at::Tensor> AdamW::gradients() const {
   return out;
 }
 
+std::vector<std::pair<std::string, at::Tensor>> AdamW::state_of(std::size_t i) const {
+  const Moments moments = mine_[i] ? moments_[i] : make_moments(parameters_[i].value);
+  const std::string& name = parameters_[i].name;
+  std::vector<std::pair<std::string, at::Tensor>> out;
+  if (moments.eight_bit) {
+    out = {{"first_moment." + name, moments.first_8bit.codes}, {"first_scales." + name, moments.first_8bit.scales}, {"second_moment." + name, moments.second_8bit.codes}, {"second_scales." + name, moments.second_8bit.scales}};
+  } else {
+    out = {{"first_moment." + name, moments.first}, {"second_moment." + name, moments.second}};
+  }
+  out.emplace_back("steps." + name, moments.steps);
+  return out;
+}
+
 std::vector<std::pair<std::string, at::Tensor>> AdamW::state() const {
   std::vector<std::pair<std::string, at::Tensor>> out;
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    out.emplace_back("first_moment." + parameters_[i].name, first_[i]);
-    out.emplace_back("second_moment." + parameters_[i].name, second_[i]);
-    out.emplace_back("steps." + parameters_[i].name, steps_[i]);
-  }
+  for (std::size_t i = 0; i < parameters_.size(); ++i)
+    for (auto& entry : state_of(i)) out.push_back(std::move(entry));
   return out;
 }
 

@@ -1,6 +1,7 @@
 // The list of fields of the training options: recipe keys, ranges and help come from here.
 #include "train/options.h"
 
+#include "train/optimizer.h"
 #include "train/precision.h"
 #include "train/schedule.h"
 
@@ -13,10 +14,12 @@ void fields(FieldVisitor& visitor, TrainOptions& options) {
   visitor.integer("accumulate", options.accumulate, "micro batches per optimizer step", {.min = 1, .max = 65536});
   visitor.integer("sequence_length", options.sequence_length, "tokens per row of packed text", {.min = 2});
   visitor.number("learning_rate", options.learning_rate, "peak learning rate", {.min = 0, .max = 1, .open_min = true});
+  visitor.flag("find_learning_rate", options.find_learning_rate, "choose learning_rate by a sweep of 80 steps on a copy of the weights: where the loss falls fastest; the other rates move with it");
   visitor.number("head_learning_rate", options.head_learning_rate, "peak learning rate of the classifier; 0 = learning_rate", {.min = 0, .max = 1});
   visitor.number("embedding_learning_rate", options.embedding_learning_rate, "peak learning rate of the embeddings; 0 = learning_rate", {.min = 0, .max = 1});
   visitor.number("norm_learning_rate", options.norm_learning_rate, "peak learning rate of norms and biases; 0 = learning_rate", {.min = 0, .max = 1});
   visitor.number("weight_decay", options.weight_decay, "decoupled weight decay of the matrices of blocks and head", {.min = 0, .max = 1});
+  visitor.choice("optimizer", options.optimizer, "AdamW with moments in float32, or in 8 bits by blocks: a quarter of their memory", optimizer_names());
   visitor.number("beta1", options.beta1, "AdamW: decay of the first moment", {.min = 0, .max = 0.9999});
   visitor.number("beta2", options.beta2, "AdamW: decay of the second moment", {.min = 0, .max = 0.999999});
   visitor.number("epsilon", options.epsilon, "AdamW: added to the root of the second moment", {.min = 0, .max = 1, .open_min = true});
@@ -34,6 +37,7 @@ void fields(FieldVisitor& visitor, TrainOptions& options) {
     inner.integer("rank", options.lora.rank, "inner dimension of an adapter", {.min = 1, .max = 1024});
     inner.number("alpha", options.lora.alpha, "the adapter's output is multiplied by alpha / rank", {.min = 0, .open_min = true});
     inner.texts("targets", options.lora.targets, "patterns of linear layers that get one (* = anything); empty = all of the blocks");
+    inner.flag("dora", options.lora.dora, "train the length of every weight row too, apart from its direction");
   });
   visitor.integer("evaluate_every_steps", options.evaluate_every_steps, "steps between two held-out scores; 0 = at the end of each epoch", {.min = 0});
   visitor.integer("stop_after", options.stop_after, "stop after so many held-out scores in a row that are no better; 0 = never", {.min = 0});

@@ -13,6 +13,7 @@ struct LoraOptions {
   std::int64_t rank = 8;
   double alpha = 16;                  // the adapter's output is scaled by alpha / rank
   std::vector<std::string> targets;   // patterns of linear layers; empty = all of the blocks
+  bool dora = false;                  // a trained length of every row of W + alpha / rank B A beside its direction
 };
 
 struct TrainOptions {
@@ -22,10 +23,12 @@ struct TrainOptions {
   std::int64_t accumulate = 1;            // micro batches per step; losses are means over the whole step
   std::int64_t sequence_length = 512;     // text data only
   double learning_rate = 1e-4;
+  bool find_learning_rate = false;        // by a sweep before the first step; the other rates move with it
   double head_learning_rate = 0;          // classifier; 0 = learning_rate
   double embedding_learning_rate = 0;     // 0 = learning_rate
   double norm_learning_rate = 0;          // vectors: norms and biases; 0 = learning_rate
   double weight_decay = 0.01;             // matrices of blocks and head only
+  std::string optimizer = "adamw";        // adamw | adamw_8bit
   double beta1 = 0.9, beta2 = 0.98, epsilon = 1e-6;
   std::string schedule = "linear";        // row of the table of schedules
   double warmup = 0.1;                    // share of all steps

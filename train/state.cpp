@@ -19,6 +19,7 @@ DType state_dtype(at::ScalarType type) {
     case at::kFloat: return DType::f32;
     case at::kDouble: return DType::f64;
     case at::kLong: return DType::i64;
+    case at::kByte: return DType::u8;
     default: throw std::logic_error("save_state: unexpected tensor type");
   }
 }

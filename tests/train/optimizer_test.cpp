@@ -24,7 +24,7 @@ TEST_CASE("fused AdamW equals the written-out algorithm for three steps") {
   for (std::int64_t i = 0; i < n; ++i) w[i] = value[i].item<double>();
   value.requires_grad_(true);
   skipped.requires_grad_(true);
-  AdamW optimizer({{"a", value, rate, decay}, {"b", skipped, rate, decay}}, beta1, beta2, epsilon);
+  AdamW optimizer({{"a", value, rate, decay}, {"b", skipped, rate, decay}}, {beta1, beta2, epsilon});
   for (int step = 1; step <= 3; ++step) {
     const double factor = 1.0 / step;
     at::Tensor gradient = at::empty({n});
