@@ -68,7 +68,7 @@ std::vector<std::string> clip_names() {
   return names;
 }
 
-double rounding_error(const ValueSample& sample, const RoundingFormat& format, const RoundingScale& scale) {
+double sample_error(const ValueSample& sample, const RoundingFormat& format, const RoundingScale& scale) {
   const double squares = sample.values.square().sum(at::kDouble).item<double>();
   return squares > 0 ? clip_squares(sample.values, format, scale) / squares : 0;
 }

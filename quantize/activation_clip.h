@@ -38,6 +38,6 @@ const Clip* find_clip(std::string_view name);
 std::vector<std::string> clip_names();
 
 // Squared error of rounding the sample over the sum of its squares; 0 for a sample of zeros.
-double rounding_error(const ValueSample& sample, const RoundingFormat& format, const RoundingScale& scale);
+double sample_error(const ValueSample& sample, const RoundingFormat& format, const RoundingScale& scale);
 
 }  // namespace kompakt

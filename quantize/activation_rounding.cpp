@@ -179,7 +179,7 @@ class RoundingCalibration {
     value.scale = rounding_scale(*value.format, value.symmetric, range.low, range.high);
     if (!(value.scale.scale > 0))
       throw Error(str(value.linears.empty() ? "" : "inputs of ", value.name, " are all zero on the calibration set: they have no scale")).at(context_.title).hint(value.linears.empty() ? "leave kv_cache out, or take more calibration data" : "take more calibration data, activations: {mode: dynamic}, or name the layer in keep_float");
-    value.row = Json{{"layer", layer}, {"scale", value.scale.scale}, {"largest", std::max(-sample.low, sample.high)}, {"covered", std::max(-range.low, range.high)}, {"error", rounding_error(sample, *value.format, value.scale)}};
+    value.row = Json{{"layer", layer}, {"scale", value.scale.scale}, {"largest", std::max(-sample.low, sample.high)}, {"covered", std::max(-range.low, range.high)}, {"error", sample_error(sample, *value.format, value.scale)}};
     if (value.scale.zero) value.row["zero"] = value.scale.zero;
   }
 

@@ -73,13 +73,13 @@ TEST_CASE("ranges of static scales, by hand", "[activations]") {
   double least = INFINITY, at = 0;
   for (int i = 0; i <= 64; ++i) {
     const float high = tails.high * std::exp2(-static_cast<float>(i) / 8);
-    const double error = rounding_error(tails, int8, rounding_scale(int8, true, -high, high));
+    const double error = sample_error(tails, int8, rounding_scale(int8, true, -high, high));
     if (error < least) least = error, at = high;
   }
   CHECK(static_cast<double>(best.high) == at);
   CHECK(at < 60);
-  CHECK(rounding_error(tails, int8, rounding_scale(int8, true, best.low, best.high)) < 0.5 * rounding_error(tails, int8, rounding_scale(int8, true, tails.low, tails.high)));
-  CHECK(rounding_error(activation_sample(at::zeros({5})), int8, {1, 0}) == 0);
+  CHECK(sample_error(tails, int8, rounding_scale(int8, true, best.low, best.high)) < 0.5 * sample_error(tails, int8, rounding_scale(int8, true, tails.low, tails.high)));
+  CHECK(sample_error(activation_sample(at::zeros({5})), int8, {1, 0}) == 0);
   // What lies on the codes costs nothing at the full range.
   CHECK(find_clip("mse")->range(activation_sample(at::tensor({127.0f, -1.0f, 5.0f}) * 0.5), {int8, false, 0}).high == 63.5f);
 }
@@ -188,6 +188,26 @@ TEST_CASE("other clips and smoothquant work with rounded activations", "[activat
   options.basis.basis = "smoothquant";
   const double smooth = (activation_logits(*activation_run(options, data, outliers).model) - activation_logits(*exact)).norm().item<double>();
   CHECK(smooth < 0.5 * rough);
+}
+
+TEST_CASE("a killed stage that goes on finds the same scales", "[activations]") {
+  const TaskData data = testing::tiny_text();
+  QuantizeOptions options = activation_options("static");
+  options.method = "gptq", options.has_kv_cache = true;
+  const TemporaryFolder folder;
+  const auto run = [&](bool resume) {
+    const auto model = testing::tiny_decoder(8);
+    StageContext context;
+    context.title = "quantize", context.data = &data, context.work = folder.path() / "work", context.resume = resume;
+    std::filesystem::create_directories(context.work);
+    quantize(*model, options, {}, context);
+    const TemporaryFolder out;
+    save_model(*model, out.path());
+    return read_text(out.path() / "config.json") + read_text(out.path() / "model.safetensors");
+  };
+  const std::string whole = run(false);
+  std::filesystem::remove_all(folder.path() / "work" / "block-0002");  // killed behind the second block
+  CHECK(run(true) == whole);
 }
 
 TEST_CASE("a second stage and a plan decide anew what is rounded", "[activations]") {
