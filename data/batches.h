@@ -20,6 +20,7 @@ struct TokenBatch {
   std::vector<std::int64_t> examples;   // [rows] index of the example in its set
   std::vector<std::int64_t> documents;  // packed text: [rows*columns] document number inside the row, else empty
   std::vector<std::int64_t> positions;  // packed text: [rows*columns] position restarting at each document, else empty
+  std::vector<std::int64_t> prompts;    // [rows] leading tokens that are given and not learned; empty = none
   std::int64_t rows = 0, columns = 0;
   std::int64_t tokens() const;          // without padding
 };

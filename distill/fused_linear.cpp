@@ -24,6 +24,7 @@ struct FusedCall {
   bool has_bias;  // autograd functions take no undefined tensor: without a bias an empty one stands in
   std::int64_t chunk;
   double divisor;
+  const PositionLoss* loss = nullptr;  // in place of the terms
 };
 
 Tensor fused_rows(const Tensor& x, const Tensor& valid, std::int64_t begin, std::int64_t size) {
@@ -33,13 +34,6 @@ Tensor fused_rows(const Tensor& x, const Tensor& valid, std::int64_t begin, std:
 SparseTargets fused_sparse_rows(const SparseTargets& all, const Tensor& valid, std::int64_t begin, std::int64_t size) {
   const auto rows = [&](const Tensor& x) { return fused_rows(x, valid, begin, size); };
   return {rows(all.ids), rows(all.log_p), rows(all.log_rest), rows(all.draws), rows(all.draw_log_p), all.vocabulary};
-}
-
-// The type of the matrix products: what autocast would choose, else the type of the hidden states.
-at::ScalarType fused_product_type(const Tensor& hidden) {
-  const at::DeviceType device = hidden.device().type();
-  if (hidden.scalar_type() == at::kDouble || !at::autocast::is_autocast_enabled(device)) return hidden.scalar_type();
-  return at::autocast::get_autocast_dtype(device);
 }
 
 struct FusedFunction : torch::autograd::Function<FusedFunction> {
@@ -75,7 +69,7 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
           target = at::mm(fused_rows(teacher.hidden.detach(), call->valid, begin, size).to(type), tw.t()).to(sums);
           if (teacher.bias.defined()) target.add_(teacher.bias.detach().to(sums));
         }
-        part = evaluate_terms(call->terms, logits, target, call->vocabulary, gradient);
+        part = call->loss ? (*call->loss)(logits, target, gradient) : evaluate_terms(call->terms, logits, target, call->vocabulary, gradient);
       }
       logits.reset();
       values.add_(part.values);
@@ -99,7 +93,7 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
     context->save_for_backward(std::move(saved));
     values.div_(call->divisor);
     context->mark_non_differentiable({values});
-    return {weighted_total(call->terms, values).to(sums), values};
+    return {(call->loss ? values[0] : weighted_total(call->terms, values)).to(sums), values};
   }
   static variable_list backward(torch::autograd::AutogradContext* context, variable_list gradients) {
     variable_list out;
@@ -111,9 +105,32 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
 
 }  // namespace
 
+at::ScalarType fused_product_type(const Tensor& hidden) {
+  const at::DeviceType device = hidden.device().type();
+  if (hidden.scalar_type() == at::kDouble || !at::autocast::is_autocast_enabled(device)) return hidden.scalar_type();
+  return at::autocast::get_autocast_dtype(device);
+}
+
 std::int64_t fused_chunk(std::int64_t vocabulary) {
   const std::int64_t bytes = 32ll << 20;
   return std::clamp<std::int64_t>(bytes / (4 * std::max<std::int64_t>(1, vocabulary)), 32, 1024);
+}
+
+namespace {
+
+LogitMeans fused_apply(const FusedCall& call, const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
+  // Inside of forward() nobody can tell whether gradients are wanted: there they are always off.
+  const auto input = [on = at::GradMode::is_enabled()](const Tensor& x) { return on ? x : x.detach(); };
+  const variable_list out = FusedFunction::apply(input(hidden), input(weight), bias.defined() ? input(bias) : at::empty({0}, weight.options()), &call);
+  return {out[0], out[1]};
+}
+
+}  // namespace
+
+LogitMeans fused_position_loss(const PositionLoss& loss, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher, std::int64_t chunk) {
+  FusedCall call{{}, teacher, 0, {}, bias.defined(), chunk > 0 ? chunk : fused_chunk(weight.size(0)), static_cast<double>(std::max<std::int64_t>(1, hidden.size(0)))};
+  call.loss = &loss;
+  return fused_apply(call, hidden, weight, bias);
 }
 
 LogitMeans fused_linear_terms(std::span<const LogitTerm> terms, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher, const LogitLossOptions& frame, std::int64_t chunk) {
@@ -128,10 +145,7 @@ LogitMeans fused_linear_terms(std::span<const LogitTerm> terms, const Tensor& hi
     if (valid.numel() < rows) call.valid = valid, rows = valid.numel();
   }
   if (!(call.divisor > 0)) call.divisor = static_cast<double>(std::max<std::int64_t>(1, rows));
-  // Inside of forward() nobody can tell whether gradients are wanted: there they are always off.
-  const auto input = [on = at::GradMode::is_enabled()](const Tensor& x) { return on ? x : x.detach(); };
-  const variable_list out = FusedFunction::apply(input(hidden), input(weight), bias.defined() ? input(bias) : at::empty({0}, weight.options()), &call);
-  return {out[0], out[1]};
+  return fused_apply(call, hidden, weight, bias);
 }
 
 Tensor fused_linear_loss(const LogitLoss& loss, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher, const LogitLossOptions& options, std::int64_t chunk) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/node.h"
+#include "distill/cross_tokenizer.h"
 #include "distill/losses.h"
 #include "distill/stage.h"
 
@@ -45,6 +46,32 @@ class LogitObjective final : public Objective {
  private:
   std::vector<LogitTerm> terms_;
   bool decoder_;
+};
+
+// One row of cross_losses().
+class CrossTokenizerObjective final : public Objective {
+ public:
+  explicit CrossTokenizerObjective(const ObjectiveItem& item);
+  bool needs_teacher() const override { return true; }
+  bool needs_logits() const override { return false; }
+  // Parts: the loss, and aligned spans per token that is learned.
+  at::Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) override;
+
+ private:
+  const CrossLoss* row_;
+  double temperature_, weight_;
+};
+
+// What reverse KL of whole sampled texts has beyond that of single tokens (MiniLLM). Zero on texts of the data.
+class PolicyObjective final : public Objective {
+ public:
+  explicit PolicyObjective(const ObjectiveItem& item) : weight_(item.weight) {}
+  bool needs_teacher() const override { return true; }
+  bool needs_logits() const override { return false; }
+  at::Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) override;
+
+ private:
+  double weight_;
 };
 
 // Pooled vectors of texts, student against teacher (encoders).

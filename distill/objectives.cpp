@@ -163,6 +163,17 @@ std::vector<std::string> objective_embedding_names() {
   for (const EmbeddingLoss& row : embedding_losses()) names.emplace_back(row.name);
   return names;
 }
+void objective_cross_fields(FieldVisitor& visitor, ObjectiveItem& item) {
+  visitor.number("temperature", item.logits.temperature, "of both distributions; of spans: their log-probabilities are divided by it", objective_positive);
+}
+void objective_policy_fields(FieldVisitor&, ObjectiveItem&) {}
+
+std::vector<std::string> objective_cross_names() {
+  std::vector<std::string> names;
+  for (const CrossLoss& row : cross_losses()) names.emplace_back(row.name);
+  return names;
+}
+std::vector<std::string> objective_policy_names() { return {"minillm"}; }
 std::vector<std::string> objective_label_names() { return {"cross_entropy"}; }
 
 struct ObjectiveKind {
@@ -172,15 +183,18 @@ struct ObjectiveKind {
   void (*fields)(FieldVisitor&, ObjectiveItem&);
   void (*add)(const ObjectiveItem&, ObjectiveList&);  // to the list, or to what stands there
   bool needs_model;   // intermediate values of a teacher that runs: a cache of its outputs is not enough
-  bool encoder_only;  // works on the pooled vector of a text
+  enum class Text { any, encoder, decoder } text = Text::any;  // encoder: works on the pooled vector of a text; decoder: on its tokens
+  bool tokens = true;  // of a text: compares token by token, so that both sides must have one tokenizer
 };
 
-constexpr std::array<ObjectiveKind, 5> objective_table{{
-    {"logits", "the student's output distribution against the teacher's", logit_loss_names, objective_logit_fields, objective_add_logits, false, false},
-    {"hidden", "outputs of student layers against outputs of the teacher layers that they stand for", objective_hidden_names, objective_hidden_fields, objective_add<HiddenObjective>, true, false},
-    {"relation", "self-similarity of queries, keys and values of one layer (any two widths and head counts)", objective_relation_names, objective_relation_fields, objective_add<RelationObjective>, true, false},
-    {"embedding", "pooled vectors of the texts of a batch: themselves, or their similarities to each other", objective_embedding_names, objective_embedding_fields, objective_add<EmbeddingObjective>, true, true},
-    {"labels", "the data's own labels: class or next token", objective_label_names, objective_label_fields, objective_add<LabelObjective>, false, false},
+constexpr std::array<ObjectiveKind, 7> objective_table{{
+    {"logits", "the student's output distribution against the teacher's", logit_loss_names, objective_logit_fields, objective_add_logits, false},
+    {"hidden", "outputs of student layers against outputs of the teacher layers that they stand for", objective_hidden_names, objective_hidden_fields, objective_add<HiddenObjective>, true},
+    {"relation", "self-similarity of queries, keys and values of one layer (any two widths and head counts)", objective_relation_names, objective_relation_fields, objective_add<RelationObjective>, true},
+    {"embedding", "pooled vectors of the texts of a batch: themselves, or their similarities to each other", objective_embedding_names, objective_embedding_fields, objective_add<EmbeddingObjective>, true, ObjectiveKind::Text::encoder},
+    {"labels", "the data's own labels: class or next token", objective_label_names, objective_label_fields, objective_add<LabelObjective>, false, ObjectiveKind::Text::any, false},
+    {"cross_tokenizer", "text: a teacher with another tokenizer, compared where both tokenizers end a token at the same byte", objective_cross_names, objective_cross_fields, objective_add<CrossTokenizerObjective>, true, ObjectiveKind::Text::decoder, false},
+    {"policy", "text that the student wrote: what reverse KL of whole texts has beyond {logits: reverse_kl} (MiniLLM)", objective_policy_names, objective_policy_fields, objective_add<PolicyObjective>, true, ObjectiveKind::Text::decoder},
 }};
 
 void objective_fields(FieldVisitor& visitor, const ObjectiveKind& kind, ObjectiveItem& item) {
@@ -240,9 +254,19 @@ void objective_check_layers(const ObjectiveItem& item, Problems& problems) {
 void objective_check_cache(const ObjectiveKind& kind, const ObjectiveItem& item, Problems& problems) {
   const auto refuse = [&](const std::string& what, const std::string& hint) { problems.add(Error(what).at(item.place.text()).given(str(kind.key, ": ", item.name)).hint(hint)); };
   const LogitLoss* row = kind.names == logit_loss_names ? find_logit_loss(item.name) : nullptr;
-  if (kind.needs_model) refuse("the teacher's cache holds probabilities of tokens, not values of its layers", "remove this objective or the cache");
+  if (kind.needs_model) refuse("the teacher's cache holds probabilities of tokens, not values of its layers, and cannot score other texts", "remove this objective or the cache");
   if (row && !row->partition) refuse("this loss needs all logits of the teacher, and the cache holds the likeliest tokens", "remove the cache, or use one of: " + join(objective_cached_losses(), ", "));
   if (row && item.logits.temperature != 1) refuse(str("the teacher's cache holds probabilities at temperature 1, not at ", shortest(item.logits.temperature)), "set temperature: 1, or remove the cache");
+}
+
+// What the texts of the stage are not.
+void objective_check_text(const ObjectiveKind& kind, const ObjectiveItem& item, Problems& problems) {
+  const ObjectiveShapes& shapes = item.shapes;
+  const auto refuse = [&](const std::string& what, const std::string& hint) { problems.add(Error(what).at(item.place.text()).given(str(kind.key, ": ", item.name)).hint(hint)); };
+  if (kind.text == ObjectiveKind::Text::decoder && shapes.student_hidden > 0 && !shapes.decoder) refuse("this objective is for text, and the student is a classifier", "use logits, hidden, relation or labels");
+  else if (kind.add == objective_add<PolicyObjective> && !shapes.sampled) refuse("this objective learns from texts that the student writes", "add on_policy with lambda above 0 to the stage distill, or remove it");
+  else if (kind.add == objective_add<CrossTokenizerObjective> && !shapes.crossed) refuse("a teacher with another tokenizer is for the stage distill", "move this objective there");
+  else if (kind.tokens && shapes.crossed) refuse("this objective compares token by token, which a teacher with another tokenizer does not allow", "beside cross_tokenizer use labels alone");
 }
 
 }  // namespace
@@ -280,7 +304,8 @@ std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const
     read_fields(node, str("objective \"", kind->key, "\""), problems, [&](FieldVisitor& visitor) { objective_fields(visitor, *kind, item); });
     if (item.name.empty() && problems.size() == before) problems.add(Error(str("\"", kind->key, "\" has no value")).at(node.place.text()).allowed(join(kind->names(), ", ")));
     objective_check_layers(item, problems);
-    if (shapes.decoder && kind->encoder_only) problems.add(Error(str("\"", kind->key, "\" compares one vector a text, and a decoder has none")).at(node.place.text()).given(item.name).hint("use hidden, relation or logits"));
+    if (problems.size() == before) objective_check_text(*kind, item, problems);
+    if (shapes.decoder && kind->text == ObjectiveKind::Text::encoder) problems.add(Error(str("\"", kind->key, "\" compares one vector a text, and a decoder has none")).at(node.place.text()).given(item.name).hint("use hidden, relation or logits"));
     if (shapes.cached && problems.size() == before) objective_check_cache(*kind, item, problems);
     sum += item.weight;
     if (problems.size() == before) kind->add(item, objectives);

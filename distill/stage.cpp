@@ -1,6 +1,7 @@
 // The stage `distill`: options, objectives of the list (or the default one), the shared training loop.
 #include "distill/stage.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "core/error.h"
@@ -10,25 +11,63 @@
 namespace kompakt {
 
 void fields(FieldVisitor& visitor, DistillOptions& options) {
-  bool student = !options.student.keep_layers.empty() || !options.student.layer_map.empty();
+  bool student = !options.student.keep_layers.empty() || !options.student.layer_map.empty() || !options.student.model.empty();
   visitor.section("student", student, "how the student is made from the teacher", [&](FieldVisitor& inner) {
     inner.integers("keep_layers", options.student.keep_layers, "teacher layers that the student copies, from 0; empty = all", {.min = 0.0});
     inner.integers("layer_map", options.student.layer_map, "teacher layer whose output each student layer must match; empty = the last dropped layer behind each copied one", {.min = 0.0});
+    inner.text("model", options.student.model, "text: folder or GGUF file of another model that is the student, with its own tokenizer; empty = made from the teacher");
   });
-  visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, embedding, labels");
+  visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, embedding, labels, cross_tokenizer, policy");
   visitor.section("cache", options.has_cache, "text: keep the teacher's likeliest tokens on disk instead of running it at every step", [&](FieldVisitor& inner) {
     inner.integer("top", options.cache.top, "likeliest tokens kept of every position", {.min = 1.0, .max = 4096.0});
     inner.integer("tail", options.cache.tail, "draws from all other tokens, an even number; they make forward KL unbiased; 0 = none", {.min = 0.0, .max = 4096.0});
   });
+  visitor.section("on_policy", options.has_on_policy, "text: in a share of the steps the student writes the texts and the live teacher scores them (GKD)",
+                  [&](FieldVisitor& inner) { fields(inner, options.on_policy); });
+  visitor.section("teacher_text", options.has_teacher_text, "text: the teacher's completions, written once, in place of the data's (sequence-level distillation)",
+                  [&](FieldVisitor& inner) { fields(inner, options.teacher_text); });
   fields(visitor, options.train);
 }
 
+namespace {
+
+bool distill_samples(const DistillOptions& options) { return options.has_on_policy && options.on_policy.lambda > 0; }
+
+bool distill_has(const Node& list, std::string_view key) {
+  return list.is_list() && std::any_of(list.items.begin(), list.items.end(), [&](const Node& item) { return item.is_map() && item.find(key); });
+}
+
+Node distill_default(const DistillOptions& options, bool classifier) {
+  if (options.has_on_policy) return parse_yaml("[{logits: generalized_jsd, beta: 0.5}]", "default objective");
+  if (options.has_teacher_text) return parse_yaml("[{labels: cross_entropy}]", "default objective");
+  return default_objective(classifier);
+}
+
+}  // namespace
+
+bool crosses_tokenizers(const Node& objective) { return distill_has(objective, "cross_tokenizer"); }
+
 void check_distill(const DistillOptions& options, bool classification, const Place& place, Problems& problems) {
-  if (!options.has_cache) return;
-  if (options.cache.tail % 2 != 0) problems.add(Error("cache.tail must be even: each half of the draws is independent of the other").at(place.text()).given(str(options.cache.tail)).allowed(str(options.cache.tail + 1)));
-  if (classification) problems.add(Error("\"cache\" is for text: of classes the teacher's outputs are always kept").at(place.text()).hint("remove the key"));
+  const auto refuse = [&](const std::string& what, const std::string& hint) { problems.add(Error(what).at(place.text()).hint(hint)); };
+  const bool writes = options.has_on_policy || options.has_teacher_text;
+  if (options.has_cache && options.cache.tail % 2 != 0) problems.add(Error("cache.tail must be even: each half of the draws is independent of the other").at(place.text()).given(str(options.cache.tail)).allowed(str(options.cache.tail + 1)));
+  if (classification && options.has_cache) refuse("\"cache\" is for text: of classes the teacher's outputs are always kept", "remove the key");
+  if (classification && writes) refuse("on_policy and teacher_text are for text: a classifier writes none", "remove them");
+  if (classification && !options.student.model.empty()) refuse("student.model is for text", "of a classifier choose layers with student.keep_layers");
+  if (!options.student.model.empty() && !options.student.keep_layers.empty()) refuse("a student is either made of the teacher's layers or another model", "remove student.keep_layers or student.model");
+  if (options.has_on_policy && options.has_teacher_text) refuse("on_policy and teacher_text both write the texts", "keep one of them");
+  if (options.has_cache && options.has_on_policy) refuse("on_policy needs the live teacher: a cache knows the data's texts alone", "remove the cache");
+  if (options.has_cache && options.has_teacher_text) refuse("the cache holds outputs on the data's texts, and teacher_text replaces them", "remove one of the two");
+  if (options.has_cache && crosses_tokenizers(options.objective)) refuse("the cache holds outputs on the student's tokens, and the teacher has others", "remove the cache");
+  if (options.has_on_policy) check_completions(options.on_policy, "on_policy", place, problems);
+  if (options.has_teacher_text) check_completions(options.teacher_text, "teacher_text", place, problems);
+  if (options.has_on_policy && options.on_policy.prompt_tokens == 0 && options.on_policy.lambda < 1)
+    problems.add(Error("whole documents as prompts leave the data no completions for the other steps").at(place.text()).given(str("lambda: ", shortest(options.on_policy.lambda))).allowed("1").hint("set lambda: 1, or take beginnings with prompt_tokens"));
+  if (distill_samples(options) && distill_has(options.objective, "labels")) refuse("labels would teach the student what it wrote itself", "remove labels from the objective, or on_policy");
   ObjectiveShapes shapes;
-  shapes.cached = true;
+  shapes.cached = options.has_cache;
+  shapes.crossed = crosses_tokenizers(options.objective);
+  shapes.sampled = distill_samples(options);
   if (!options.objective.is_null()) build_objectives(options.objective, {}, problems, shapes);
 }
 
@@ -45,10 +84,12 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
 
   context.layer_map = map;
   const bool classifier = context.data->kind == TaskData::Kind::classification;
-  const Node list = options.objective.is_null() ? default_objective(classifier) : options.objective;
+  const Node list = options.objective.is_null() ? distill_default(options, classifier) : options.objective;
   Problems problems;
   ObjectiveShapes shapes = objective_shapes(student, teacher, context.seed);
   shapes.cached = options.has_cache;
+  shapes.crossed = crosses_tokenizers(list);
+  shapes.sampled = distill_samples(options);
   const auto objectives = build_objectives(list, map, problems, shapes);
   problems.throw_if_any("the objectives of the stage distill have mistakes");
 
@@ -58,6 +99,15 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
     (*context.details)["layer_map"] = map;
   }
   log_info(str(context.title, ": ", student.config().layers, " of ", teacher.layers, " layers, ", list.items.size(), list.items.size() == 1 ? " objective" : " objectives"));
+  if (!distill_samples(options)) return train(student, options.train, objectives, {}, context);
+  ModelConfig limits = student.config();  // the teacher reads the texts too
+  if (teacher.max_positions > 0 && !shapes.crossed) limits.max_positions = limits.max_positions > 0 ? std::min(limits.max_positions, teacher.max_positions) : teacher.max_positions;
+  const auto sampler = on_policy_sampler(options.on_policy, limits, {*context.data, options.train.sequence_length, context.seed, context.title});
+  context.sampler = sampler.get();
+  struct Restore {
+    StageContext& context;
+    ~Restore() { context.sampler = nullptr; }
+  } restore{context};
   return train(student, options.train, objectives, {}, context);
 }
 

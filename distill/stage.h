@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/fields.h"
+#include "distill/on_policy.h"
 #include "train/context.h"
 #include "train/loop.h"
 #include "train/options.h"
@@ -15,6 +16,7 @@ namespace kompakt {
 struct StudentOptions {
   std::vector<std::int64_t> keep_layers;  // teacher layers, from 0; empty = all
   std::vector<std::int64_t> layer_map;    // teacher layer whose output each student layer must match; empty = default_layer_map
+  std::string model;                      // text: folder or GGUF of another model, the student with its own tokenizer; empty = made from the teacher
 };
 
 struct DistillOptions {
@@ -22,10 +24,15 @@ struct DistillOptions {
   Node objective;  // list of maps: {logits: forward_kl, temperature: 2, weight: 1}, {relation: minilm, weight: 0.5}, {hidden: mse, weight: 10}, {labels: cross_entropy, weight: 0.5}
   bool has_cache = false;     // text: the teacher's outputs come from a cache of likeliest tokens and draws
   SparseCacheOptions cache;
+  bool has_on_policy = false;  // text: a share of the steps learns from what the student writes
+  OnPolicyOptions on_policy;
+  bool has_teacher_text = false;  // text: completions by the teacher in place of the data's
+  CompletionOptions teacher_text{.temperature = 0};
   TrainOptions train;
 };
 void fields(FieldVisitor& visitor, DistillOptions& options);
-// What the fields alone cannot say: a cache with an odd number of draws, of class labels, or with losses that need more than it holds.
+// What the fields alone cannot say: objectives, a cache with an odd number of draws, of class labels, or with losses that need more than it
+// holds, texts written by a model of classes or under a cache.
 void check_distill(const DistillOptions& options, bool classification, const Place& place, Problems& problems);
 
 // A copy of the chosen layers of `teacher` with its embedding, norms and head.
@@ -37,10 +44,14 @@ struct ObjectiveShapes {
   bool decoder = false;                                 // logit losses then work from hidden states, in chunks of tokens
   bool cached = false;                                  // the teacher is a cache of likeliest tokens: losses that need more are mistakes
   std::uint64_t seed = 0;                               // of the projections
+  bool crossed = false;                                 // the teacher has another tokenizer
+  bool sampled = false;                                 // the student writes texts that it learns from
 };
 // Objectives from a recipe's list. `layer_map[i]` = teacher layer (from 0) whose output student layer i must match.
 // Mistakes are collected with their places. A layer map that is empty stands for "not known yet": layers are not checked.
 std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const std::vector<std::int64_t>& layer_map, Problems& problems, const ObjectiveShapes& shapes = {});
+// True when an item of the list is one of the kind `cross_tokenizer`: the source is then cross_tokenizer_teacher().
+bool crosses_tokenizers(const Node& objective);
 ObjectiveShapes objective_shapes(const Transformer& student, const ModelConfig& teacher, std::uint64_t seed);
 // The list that stands for an absent one. Classifier: 0.5 x label cross entropy + T^2 KL at T = 2 + 10 x hidden MSE;
 // text: forward KL at T = 1, which is what evaluation measures.
@@ -54,6 +65,11 @@ struct ObjectiveKindInfo {
 std::vector<ObjectiveKindInfo> objective_kinds();
 // Student layer -> teacher layer: the last dropped layer that follows the copied one (the next kept layer sees its original input).
 std::vector<std::int64_t> default_layer_map(const std::vector<std::int64_t>& keep_layers, std::int64_t teacher_layers);
+
+// Error unless it names one teacher layer for each student layer.
+void check_layer_map(const std::vector<std::int64_t>& map, std::int64_t student_layers, std::int64_t teacher_layers);
+// Of a student that is no copy of teacher layers: evenly spread, the last to the last.
+std::vector<std::int64_t> even_layer_map(std::int64_t student_layers, std::int64_t teacher_layers);
 
 // The map of the options, checked against both models; the default rule where none is given.
 std::vector<std::int64_t> student_layer_map(const StudentOptions& options, std::int64_t teacher_layers);

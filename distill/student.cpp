@@ -35,13 +35,23 @@ std::vector<std::int64_t> default_layer_map(const std::vector<std::int64_t>& kee
   return map;
 }
 
+void check_layer_map(const std::vector<std::int64_t>& map, std::int64_t student_layers, std::int64_t teacher_layers) {
+  if (static_cast<std::int64_t>(map.size()) != student_layers)
+    throw Error(str("layer_map has ", map.size(), " entries for ", student_layers, " student layers")).at("student.layer_map").given(str(map.size(), " entries")).allowed(str(student_layers, " teacher layers, one for each student layer"));
+  for (const std::int64_t layer : map)
+    if (layer < 0 || layer >= teacher_layers) throw Error(str("layer_map names layer ", layer, ", which the teacher does not have")).at("student.layer_map").given(str(layer)).allowed(str("0 to ", teacher_layers - 1));
+}
+
+std::vector<std::int64_t> even_layer_map(std::int64_t student_layers, std::int64_t teacher_layers) {
+  std::vector<std::int64_t> map;
+  for (std::int64_t i = 0; i < student_layers; ++i) map.push_back(std::max<std::int64_t>(0, (i + 1) * teacher_layers / student_layers - 1));
+  return map;
+}
+
 std::vector<std::int64_t> student_layer_map(const StudentOptions& options, std::int64_t teacher_layers) {
   std::vector<std::int64_t> map = default_layer_map(options.keep_layers, teacher_layers);
   if (options.layer_map.empty()) return map;
-  if (options.layer_map.size() != map.size())
-    throw Error(str("layer_map has ", options.layer_map.size(), " entries for ", map.size(), " student layers")).at("student.layer_map").given(str(options.layer_map.size(), " entries")).allowed(str(map.size(), " teacher layers, one for each student layer"));
-  for (const std::int64_t layer : options.layer_map)
-    if (layer < 0 || layer >= teacher_layers) throw Error(str("layer_map names layer ", layer, ", which the teacher does not have")).at("student.layer_map").given(str(layer)).allowed(str("0 to ", teacher_layers - 1));
+  check_layer_map(options.layer_map, static_cast<std::int64_t>(map.size()), teacher_layers);
   return options.layer_map;
 }
 

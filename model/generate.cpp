@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <span>
+#include <stdexcept>
 
 #include "core/error.h"
 #include "core/random.h"
@@ -19,42 +21,61 @@ namespace kompakt {
 
 namespace {
 
-std::int64_t generate_argmax(const std::vector<float>& logits) {
+std::int64_t generate_argmax(std::span<const float> logits) {
   return std::max_element(logits.begin(), logits.end()) - logits.begin();  // the first of equals
 }
 
-// Temperature, then top-k, then the smallest set of tokens whose probability reaches top-p, then one draw.
-std::int64_t generate_sample(const std::vector<float>& logits, const GenerateOptions& options, double uniform) {
-  std::vector<std::int64_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto above = [&](std::int64_t a, std::int64_t b) {
-    const float la = logits[static_cast<std::size_t>(a)], lb = logits[static_cast<std::size_t>(b)];
-    return la != lb ? la > lb : a < b;
-  };
-  std::size_t kept = order.size();
-  if (options.top_k > 0) kept = std::min(kept, static_cast<std::size_t>(options.top_k));
-  std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(kept), order.end(), above);
-  order.resize(kept);
-  std::vector<double> weights(kept);
-  const double highest = logits[static_cast<std::size_t>(order[0])];
+// Temperature, then top-k, then the smallest set of tokens whose probability reaches top-p, then one draw. Without a cut tokens are
+// drawn in the order of their ids; with one, only as many are sorted as the cut may keep.
+std::int64_t generate_sample(std::span<const float> logits, const GenerateOptions& options, double uniform) {
+  const double highest = *std::max_element(logits.begin(), logits.end());
+  const auto weight = [&](std::size_t id) { return std::exp((logits[id] - highest) / options.temperature); };
+  const std::size_t all = logits.size();
+  const bool cut = options.top_k > 0 || options.top_p < 1;
+  std::vector<std::size_t> order(all);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::size_t kept = all;
   double total = 0;
-  for (std::size_t i = 0; i < kept; ++i) {
-    weights[i] = std::exp((logits[static_cast<std::size_t>(order[i])] - highest) / options.temperature);
-    total += weights[i];
-  }
-  if (options.top_p < 1) {
-    double sum = 0;
+  if (!cut) {
+    for (std::size_t id = 0; id < all; ++id) total += weight(id);
+  } else {
+    const auto above = [&](std::size_t a, std::size_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
+    if (options.top_k > 0) kept = std::min(kept, static_cast<std::size_t>(options.top_k));
+    std::size_t sorted = 0;
+    const auto sort_to = [&](std::size_t count) {
+      std::partial_sort(order.begin() + static_cast<std::ptrdiff_t>(sorted), order.begin() + static_cast<std::ptrdiff_t>(count), order.end(), above);
+      sorted = count;
+    };
+    double mass = 0;  // of what top-p is a share of
+    if (options.top_k > 0) sort_to(kept);
+    for (std::size_t i = 0; i < kept; ++i) mass += weight(order[i]);
     std::size_t count = 0;
-    while (count < kept && sum < options.top_p * total) sum += weights[count++];
+    while (count < kept && (options.top_p >= 1 || total < options.top_p * mass)) {
+      if (count == sorted) sort_to(std::min(kept, std::max<std::size_t>(64, 4 * sorted)));
+      total += weight(order[count++]);
+    }
     kept = std::max<std::size_t>(count, 1);
-    total = sum;
   }
   double left = uniform * total;
   for (std::size_t i = 0; i < kept; ++i) {
-    left -= weights[i];
-    if (left < 0) return order[i];
+    left -= weight(order[i]);
+    if (left < 0) return static_cast<std::int64_t>(order[i]);
   }
-  return order[kept - 1];
+  return static_cast<std::int64_t>(order[kept - 1]);
+}
+
+std::int64_t generate_next(std::span<const float> logits, const GenerateOptions& options, const CounterRandom& random, std::size_t step) {
+  return options.temperature == 0 ? generate_argmax(logits) : generate_sample(logits, options, random.uniform(step));
+}
+
+bool generate_stops(const GenerateOptions& options, std::int64_t token) { return std::find(options.stop.begin(), options.stop.end(), token) != options.stop.end(); }
+
+// Logits [B,V] on the host of the token after ids [B,T].
+at::Tensor generate_logits(const Transformer& model, const at::Tensor& ids, KvCache& cache) {
+  ModelInput input;
+  input.ids = ids.to(model.device());
+  const at::Tensor hidden = model.hidden(input, nullptr, &cache);
+  return model.head(hidden.select(1, hidden.size(1) - 1)).to(at::kCPU, at::kFloat).contiguous();
 }
 
 void generate_check(const Transformer& model, const std::vector<std::int64_t>& prompt, const GenerateOptions& options) {
@@ -79,19 +100,58 @@ std::vector<std::int64_t> generate(const Transformer& model, const std::vector<s
   std::vector<std::int64_t> text, next = prompt;
   for (std::int64_t step = 0; step < options.max_new_tokens; ++step) {
     check_interrupted();
-    ModelInput input;
-    input.ids = at::tensor(next, at::kLong).unsqueeze(0).to(model.device());
-    const at::Tensor hidden = model.hidden(input, nullptr, &cache);
-    const at::Tensor last = model.head(hidden.select(1, hidden.size(1) - 1)).reshape(-1).to(at::kCPU, at::kFloat).contiguous();
-    const float* begin = last.const_data_ptr<float>();
-    const std::vector<float> logits(begin, begin + last.numel());
-    const std::int64_t token = options.temperature == 0 ? generate_argmax(logits) : generate_sample(logits, options, random.uniform(static_cast<std::uint64_t>(step)));
-    if (std::find(options.stop.begin(), options.stop.end(), token) != options.stop.end()) break;
+    const at::Tensor logits = generate_logits(model, at::tensor(next, at::kLong).unsqueeze(0), cache);
+    const std::int64_t token = generate_next({logits.const_data_ptr<float>(), static_cast<std::size_t>(logits.numel())}, options, random, static_cast<std::size_t>(step));
+    if (generate_stops(options, token)) break;
     text.push_back(token);
     if (on_token && !on_token(token)) break;
     next = {token};
   }
   return text;
+}
+
+std::vector<std::vector<std::int64_t>> generate_batch(const Transformer& model, const std::vector<std::vector<std::int64_t>>& prompts, const GenerateOptions& options,
+                                                      const std::vector<std::uint64_t>& seeds) {
+  if (seeds.size() != prompts.size()) throw std::logic_error("generate_batch: one seed for each prompt is needed");
+  for (const auto& prompt : prompts) generate_check(model, prompt, options);
+  std::vector<std::vector<std::int64_t>> texts(prompts.size());
+  if (prompts.empty() || options.max_new_tokens < 1) return texts;
+  const at::NoGradGuard no_grad;
+  std::vector<CounterRandom> random;
+  for (const std::uint64_t seed : seeds) random.emplace_back(seed, "generate");
+  std::vector<std::size_t> rows(prompts.size());  // that still write, in order
+  std::iota(rows.begin(), rows.end(), std::size_t{0});
+  std::size_t known = prompts[0].size();  // tokens of every row that the next pass reads up to
+  for (const auto& prompt : prompts) known = std::min(known, prompt.size());
+  const auto token_at = [&](std::size_t row, std::size_t place) { return place < prompts[row].size() ? prompts[row][place] : texts[row][place - prompts[row].size()]; };
+  KvCache cache;
+  for (std::size_t read = 0; !rows.empty(); ++known) {
+    check_interrupted();
+    std::vector<std::int64_t> next;
+    for (const std::size_t row : rows)
+      for (std::size_t place = read; place < known; ++place) next.push_back(token_at(row, place));
+    const at::Tensor logits = generate_logits(model, at::tensor(next, at::kLong).view({static_cast<std::int64_t>(rows.size()), -1}), cache);
+    read = known;
+    const auto vocabulary = static_cast<std::size_t>(logits.size(1));
+    std::vector<std::size_t> left;
+    std::vector<std::int64_t> places;  // of them in the batch
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const std::size_t row = rows[i];
+      auto& text = texts[row];
+      if (known >= prompts[row].size()) {
+        text.push_back(generate_next({logits.const_data_ptr<float>() + i * vocabulary, vocabulary}, options, random[row], text.size()));
+        if (generate_stops(options, text.back()) || static_cast<std::int64_t>(text.size()) == options.max_new_tokens) continue;
+      }
+      left.push_back(row);
+      places.push_back(static_cast<std::int64_t>(i));
+    }
+    if (left.size() < rows.size() && !left.empty()) {
+      const at::Tensor index = at::tensor(places, at::kLong).to(model.device());
+      for (auto& [keys, values] : cache.layers) keys = keys.index_select(0, index), values = values.index_select(0, index);
+    }
+    rows = std::move(left);
+  }
+  return texts;
 }
 
 }  // namespace kompakt

@@ -22,4 +22,10 @@ struct GenerateOptions {
 std::vector<std::int64_t> generate(const Transformer& model, const std::vector<std::int64_t>& prompt, const GenerateOptions& options,
                                    const std::function<bool(std::int64_t)>& on_token = {});
 
+// One text for each prompt, all in one batch; row r draws from `seeds[r]` alone. As generate(), but a token of `stop` ends a text and is
+// returned. Prompts may differ in length: nothing is padded, the shorter ones begin to write while the longer ones are still read.
+// Rows that have ended leave the batch.
+std::vector<std::vector<std::int64_t>> generate_batch(const Transformer& model, const std::vector<std::vector<std::int64_t>>& prompts, const GenerateOptions& options,
+                                                      const std::vector<std::uint64_t>& seeds);
+
 }  // namespace kompakt

@@ -1,0 +1,333 @@
+// Texts that models write in place of the data's: prompts, batches, determinism, resume, refusals; MiniLLM's long part.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+
+#include "tests/catch_torch.h"
+
+#include "core/files.h"
+#include "core/log.h"
+#include "distill/stage.h"
+#include "model/generate.h"
+#include "tests/distill/tensors.h"
+#include "tests/distill/tokenizers.h"
+#include "tests/support.h"
+#include "tests/tiny_models.h"
+#include "train/step_batches.h"
+#include "train/targets.h"
+
+using namespace kompakt;
+using namespace kompakt::testing;
+
+namespace {
+
+using Ids = std::vector<std::int64_t>;
+
+DistillOptions policy_options(double lambda) {
+  DistillOptions options;
+  options.has_on_policy = true;
+  options.on_policy.lambda = lambda;
+  options.on_policy.max_new_tokens = 6;
+  options.on_policy.prompt_tokens = 5;
+  options.objective = parse_yaml("[{logits: generalized_jsd, beta: 0.5}]", "test");
+  options.student.keep_layers = {0, 2};
+  options.train.steps = 10;
+  options.train.batch_size = 3;
+  options.train.sequence_length = 16;
+  options.train.learning_rate = 3e-3;
+  options.train.precision = "float32";
+  options.train.save_every_steps = 3;
+  return options;
+}
+
+struct Outcome {
+  std::vector<std::pair<std::string, at::Tensor>> weights;
+  Json details = Json::object();
+};
+
+Outcome run_distill_stage(const DistillOptions& options, const TaskData& data, const std::filesystem::path& work, bool resume = false, BatchSampler* sampler = nullptr) {
+  const std::shared_ptr<Transformer> teacher = tiny_decoder(3);
+  const auto student = make_student(*teacher, options.student);
+  const auto live = live_teacher(teacher);
+  Outcome out;
+  StageContext context;
+  context.title = "01-distill";
+  context.work = work;
+  context.resume = resume;
+  context.seed = 5;
+  context.data = &data;
+  context.teacher = live.get();
+  context.sampler = sampler;
+  context.details = &out.details;
+  distill(*student, options, context);
+  out.weights = copy_of(*student);
+  return out;
+}
+
+std::vector<TokenBatch> batches_of(const TaskData& data, const DistillOptions& options, std::int64_t step = 0) { return StepBatches(data, options.train, 1).micro_batches(step); }
+
+}  // namespace
+
+TEST_CASE("a batch of prompts: every row as alone, whatever its length; rows that end leave") {
+  const auto model = tiny_decoder(4);
+  const std::vector<Ids> prompts = {{3, 4, 5}, {6}, {7, 8, 9, 10, 11}, {12, 13}};
+  const std::vector<std::uint64_t> seeds = {1, 2, 3, 4};
+  for (const auto& [temperature, top_p, top_k] : {std::tuple(0.0, 1.0, 0), std::tuple(1.0, 1.0, 0), std::tuple(0.8, 0.7, 0), std::tuple(1.3, 0.9, 7)}) {
+    GenerateOptions options;
+    options.max_new_tokens = 9;
+    options.temperature = temperature, options.top_p = top_p, options.top_k = top_k;
+    const auto together = generate_batch(*model, prompts, options, seeds);
+    REQUIRE(together.size() == 4);
+    for (std::size_t r = 0; r < prompts.size(); ++r) {
+      options.seed = seeds[r];
+      CHECK(together[r] == generate(*model, prompts[r], options));
+    }
+    options.stop = {together[1][4], together[2][0]};
+    const auto stopped = generate_batch(*model, prompts, options, seeds);
+    for (std::size_t r = 0; r < prompts.size(); ++r) {
+      const auto end = std::find_first_of(together[r].begin(), together[r].end(), options.stop.begin(), options.stop.end());
+      CHECK(stopped[r] == Ids(together[r].begin(), end == together[r].end() ? end : end + 1));  // the end token included
+    }
+  }
+  CHECK(generate_batch(*model, {}, {}, {}).empty());
+  GenerateOptions none;
+  none.max_new_tokens = 0;
+  CHECK(generate_batch(*model, {{3}}, none, {1}) == std::vector<Ids>{{}});
+  CHECK(contains_all(error_text([&] { generate_batch(*model, {{3}, {}}, {}, {1, 2}); }), {"no tokens"}));
+  CHECK_THROWS_AS(generate_batch(*model, {{3}}, {}, {}), std::logic_error);
+}
+
+TEST_CASE("a prompt is given, not learned") {
+  TokenBatch batch;
+  batch.rows = 2, batch.columns = 4;
+  batch.ids = {5, 6, 7, 8, 9, 10, 11, 0};
+  batch.lengths = {4, 3};
+  batch.prompts = {2, 3};
+  CHECK(next_tokens(batch) == Ids{no_target, 7, 8, no_target, no_target, no_target, no_target, no_target});
+  CHECK(count_targets(batch) == 2);
+  batch.prompts = {1, 1};
+  CHECK(count_targets(batch) == 5);
+}
+
+TEST_CASE("what the student writes: prompts of the rows, completions of its own, the same on one and two threads") {
+  const TaskData data = tiny_text();
+  const DistillOptions options = policy_options(1);
+  const auto model = tiny_decoder(4);
+  const auto sampled = [&](std::int64_t step) {
+    const auto sampler = on_policy_sampler(options.on_policy, model->config(), {data, 16, 5, "t"});
+    std::vector<TokenBatch> batches = batches_of(data, options);
+    sampler->sample(*model, step, batches);
+    return batches.at(0);
+  };
+  const TokenBatch rows = batches_of(data, options).at(0), first = sampled(0);
+  REQUIRE(first.rows == rows.rows);
+  CHECK(first.examples == rows.examples);
+  CHECK(first.documents.empty());
+  for (std::int64_t r = 0; r < first.rows; ++r) {
+    const std::int64_t prompt = first.prompts.at(static_cast<std::size_t>(r)), length = first.lengths.at(static_cast<std::size_t>(r));
+    CHECK(prompt <= 5);
+    CHECK(length > prompt);
+    CHECK(length <= prompt + 6);
+    // The prompt stands in the row, in one document.
+    const Ids ids(first.ids.begin() + r * first.columns, first.ids.begin() + r * first.columns + prompt), row(rows.ids.begin() + r * 16, rows.ids.begin() + (r + 1) * 16);
+    CHECK(std::search(row.begin(), row.end(), ids.begin(), ids.end()) != row.end());
+  }
+  const int threads = at::get_num_threads();
+  at::set_num_threads(2);
+  CHECK(sampled(0).ids == first.ids);
+  at::set_num_threads(threads);
+  CHECK(sampled(0).ids == first.ids);
+  CHECK(sampled(1).ids != first.ids);  // another step, other draws
+}
+
+TEST_CASE("lambda: none is the ordinary training bit by bit, and the share of steps is near what was asked") {
+  const TaskData data = tiny_text();
+  const TemporaryFolder a, b, c;
+  DistillOptions plain = policy_options(0);
+  plain.has_on_policy = false;
+  const Outcome ordinary = run_distill_stage(plain, data, a.path() / "w");
+  CHECK(same_parameters(run_distill_stage(policy_options(0), data, b.path() / "w").weights, ordinary.weights));
+  CHECK_FALSE(same_parameters(run_distill_stage(policy_options(0.5), data, c.path() / "w").weights, ordinary.weights));
+  OnPolicyOptions options = policy_options(0.3).on_policy;
+  options.max_new_tokens = 1;
+  const auto model = tiny_decoder(4);
+  const auto sampler = on_policy_sampler(options, model->config(), {data, 16, 5, "t"});
+  int count = 0;
+  for (std::int64_t step = 0; step < 300; ++step) {
+    std::vector<TokenBatch> batches = batches_of(data, policy_options(0.3));
+    batches.at(0).rows = 1;
+    sampler->sample(*model, step, batches);
+    count += !batches.at(0).prompts.empty();
+  }
+  CHECK(count > 60);
+  CHECK(count < 120);
+}
+
+TEST_CASE("on-policy training: killed and resumed to the same bytes; the metric of each sampled step") {
+  class Killing final : public TeacherSource {
+   public:
+    Killing(std::unique_ptr<TeacherSource> inner, int calls) : inner_(std::move(inner)), calls_(calls) {}
+    void prepare(const std::set<std::string>& taps) override { inner_->prepare(taps); }
+    TeacherTargets targets(const TokenBatch& batch) override {
+      if (calls_-- == 0) throw std::runtime_error("killed");
+      return inner_->targets(batch);
+    }
+    const ModelConfig& config() const override { return inner_->config(); }
+    std::string fingerprint() const override { return inner_->fingerprint(); }
+
+   private:
+    std::unique_ptr<TeacherSource> inner_;
+    int calls_;
+  };
+  const TaskData data = tiny_text();
+  const DistillOptions options = policy_options(0.6);
+  const TemporaryFolder whole_work, broken_work;
+  const Outcome whole = run_distill_stage(options, data, whole_work.path() / "w");
+  const std::shared_ptr<Transformer> teacher = tiny_decoder(3);
+  const auto student = make_student(*teacher, options.student);
+  Killing killing(live_teacher(teacher), 7);
+  StageContext context;
+  context.title = "01-distill";
+  context.work = broken_work.path() / "w";
+  context.seed = 5;
+  context.data = &data;
+  context.teacher = &killing;
+  CHECK_THROWS_WITH(distill(*student, options, context), "killed");
+  CHECK(context.sampler == nullptr);
+  const std::filesystem::path metrics = broken_work.path() / "metrics.jsonl";
+  open_metrics(metrics);
+  CHECK(same_parameters(run_distill_stage(options, data, broken_work.path() / "w", true).weights, whole.weights));
+  close_metrics();
+  CHECK(contains_all(read_text(metrics), {"\"sampled\"", "tokens_per_second", "mean_length"}));
+  DistillOptions changed = options;
+  changed.on_policy.temperature = 0.5;  // a state of other texts
+  CHECK(contains_all(error_text([&] { run_distill_stage(changed, data, broken_work.path() / "w", true); }), {"sampler"}));
+}
+
+TEST_CASE("the teacher's texts: written once, kept, the same after a cut file; learned by cross entropy") {
+  const TaskData data = tiny_text();
+  DistillOptions options = policy_options(0);
+  options.has_on_policy = false;
+  options.has_teacher_text = true;
+  options.teacher_text = CompletionOptions{.max_new_tokens = 6, .temperature = 0, .prompt_tokens = 5};
+  options.objective = Node();
+  const std::shared_ptr<Transformer> teacher = tiny_decoder(3);
+  const TemporaryFolder store, work;
+  const auto run = [&](const std::string& name) {
+    const auto sampler = teacher_text_sampler(teacher, options.teacher_text, 3, store.path(), {data, 16, 5, "t"});
+    return run_distill_stage(options, data, work.path() / name, false, sampler.get());
+  };
+  const Outcome first = run("a");
+  CHECK(first.details.at("loss_curve").back().at("parts").contains("cross_entropy"));
+  std::filesystem::path file;
+  for (const auto& entry : std::filesystem::directory_iterator(store.path())) file = entry.path();
+  REQUIRE_FALSE(file.empty());
+  const std::string text = read_text(file);
+  CHECK(same_parameters(run("b").weights, first.weights));
+  CHECK(read_text(file) == text);
+  std::filesystem::resize_file(file, text.size() / 2);  // killed while writing
+  CHECK(same_parameters(run("c").weights, first.weights));
+  write_text(file, "1 2 x\n");
+  CHECK(contains_all(error_text([&] { run("d"); }), {"damaged", "delete the file"}));
+}
+
+TEST_CASE("whole documents as prompts, in the chat template where asked") {
+  const auto tokenizer = byte_tokenizer({"Ġ t"}, "{{ '<|im_start|>' + message['role'] }}<|im_end|>");
+  TaskData data;
+  data.kind = TaskData::Kind::text;
+  data.tokenizer = tokenizer.get();
+  for (const char* text : {"one", "two", "three", "four", "a long one that fills a row alone"}) data.train_documents.push_back(tokenizer->encode(text, false, false));
+  data.hash = "prompts";
+  const Json json = {{"model_type", "llama"}, {"hidden_size", 16}, {"num_hidden_layers", 1}, {"num_attention_heads", 2}, {"num_key_value_heads", 1}, {"intermediate_size", 24}, {"vocab_size", 260},
+                     {"max_position_embeddings", 128}, {"rms_norm_eps", 1e-5}, {"hidden_act", "silu"}, {"tie_word_embeddings", false}};
+  const Transformer model(config_from_json(json, "tiny"), 1);
+  OnPolicyOptions options;
+  options.lambda = 1, options.max_new_tokens = 2, options.prompt_tokens = 0;
+  TrainOptions train;
+  train.batch_size = 8, train.sequence_length = 12;
+  const auto prompts = [&](const OnPolicyOptions& wanted) {
+    std::vector<TokenBatch> batches = StepBatches(data, train, 1).micro_batches(0);
+    on_policy_sampler(wanted, model.config(), {data, 12, 5, "t"})->sample(model, 0, batches);
+    std::vector<std::string> out;
+    for (std::int64_t r = 0; r < batches[0].rows; ++r) {
+      const auto begin = batches[0].ids.begin() + r * batches[0].columns;
+      out.push_back(tokenizer->decode(Ids(begin, begin + batches[0].prompts[static_cast<std::size_t>(r)])));
+    }
+    return out;
+  };
+  for (const std::string& prompt : prompts(options)) CHECK(contains_all("|one|two|three|four|a long one that fills a row alone|", {prompt.c_str()}));
+  options.chat = true;
+  for (const std::string& prompt : prompts(options)) CHECK(contains_all(prompt, {"<|im_start|>user", "<|im_end|>"}));
+  options.max_new_tokens = 120;
+  CHECK(contains_all(error_text([&] { prompts(options); }), {"exceed the model's context", "at most 128"}));
+}
+
+TEST_CASE("options of written texts: read, checked, refused where they make no sense") {
+  const auto read = [](const std::string& yaml, bool classification = false) {
+    DistillOptions options;
+    Problems problems;
+    read_fields(parse_yaml(yaml, "r.yaml"), "stage \"distill\"", problems, [&](FieldVisitor& v) { fields(v, options); });
+    check_distill(options, classification, {}, problems);
+    problems.throw_if_any("mistakes");
+    return options;
+  };
+  const DistillOptions defaults = read("{on_policy: {}}");
+  CHECK(defaults.has_on_policy);
+  CHECK(defaults.on_policy.lambda == 0.5);
+  CHECK(defaults.on_policy.temperature == 0.9);
+  CHECK(read("{teacher_text: {}}").teacher_text.temperature == 0);
+  CHECK(contains_all(error_text([&] { read("{on_policy: {lambda: 1.5}}"); }), {"lambda", "1.5"}));
+  CHECK(contains_all(error_text([&] { read("{on_policy: {top_p: 0}}"); }), {"top_p"}));
+  CHECK(contains_all(error_text([&] { read("{on_policy: {}, cache: {}}"); }), {"live teacher", "remove the cache"}));
+  CHECK(contains_all(error_text([&] { read("{on_policy: {}}", true); }), {"a classifier writes none"}));
+  CHECK(contains_all(error_text([&] { read("{on_policy: {}, teacher_text: {}}"); }), {"keep one of them"}));
+  CHECK(contains_all(error_text([&] { read("{on_policy: {}, objective: [{logits: reverse_kl}, {labels: cross_entropy}]}"); }), {"wrote itself"}));
+  CHECK(contains_all(error_text([&] { read("{on_policy: {prompt_tokens: 0}}"); }), {"lambda: 1"}));
+  CHECK(contains_all(error_text([&] { read("{on_policy: {chat: true}}"); }), {"prompt_tokens: 0"}));
+  CHECK(contains_all(error_text([&] { read("{objective: [{policy: minillm}]}"); }), {"on_policy"}));
+  CHECK(read("{on_policy: {lambda: 1}, objective: [{logits: reverse_kl}, {policy: minillm}]}").on_policy.lambda == 1);
+  const TaskData data = tiny_text();
+  const TemporaryFolder work;
+  DistillOptions options = policy_options(1);
+  options.on_policy.max_new_tokens = 60;
+  CHECK(contains_all(error_text([&] { run_distill_stage(options, data, work.path() / "a"); }), {"5 tokens and 60 new", "at most 64"}));
+  options.on_policy.max_new_tokens = 6, options.on_policy.prompt_tokens = 16;
+  CHECK(contains_all(error_text([&] { run_distill_stage(options, data, work.path() / "b"); }), {"sequence_length"}));
+}
+
+TEST_CASE("MiniLLM's long part: golden, nothing on texts of the data, zero where student equals teacher") {
+  const std::shared_ptr<Transformer> model = tiny_decoder(4);
+  Problems problems;
+  ObjectiveShapes shapes = objective_shapes(*model, model->config(), 0);
+  shapes.sampled = true;
+  const auto objective = build_objectives(parse_yaml("[{policy: minillm}]", "test"), {}, problems, shapes).at(0);
+  const at::Tensor none;
+  const TapMap taps;
+  // Student and teacher whose head is the identity: hidden states are logits.
+  const Json item = read_json(source_folder() / "tests/goldens/cross_tokenizer.json").at("policy").at(0);
+  const Json json = {{"model_type", "llama"}, {"hidden_size", 6}, {"num_hidden_layers", 1}, {"num_attention_heads", 1}, {"num_key_value_heads", 1}, {"intermediate_size", 8}, {"vocab_size", 5},
+                     {"max_position_embeddings", 16}, {"rms_norm_eps", 1e-5}, {"hidden_act", "silu"}, {"tie_word_embeddings", false}};
+  Transformer shell(config_from_json(json, "tiny"), 1);
+  shell.lm_head.weight = at::eye(5, at::kDouble);
+  // Rows of 3, 2 and 1 learned tokens after a prompt of one.
+  TokenBatch batch;
+  batch.rows = 3, batch.columns = 4;
+  batch.ids = {0, 1, 4, 0, 0, 2, 2, 0, 0, 3, 0, 0};
+  batch.lengths = {4, 3, 2}, batch.prompts = {1, 1, 1}, batch.examples = {0, 1, 2};
+  const at::Tensor places = at::tensor(Ids{0, 1, 2, 4, 5, 8}, at::kLong);
+  TeacherTargets targets;
+  targets.hidden = at::zeros({12, 5}, at::kDouble).index_copy(0, places, tensor_of(item.at("teacher"), {6, 5})).view({3, 4, 5});
+  targets.head_weight = at::eye(5, at::kDouble);
+  const ModelInput input = to_input(batch, c10::Device(c10::kCPU));
+  const auto loss = [&](const at::Tensor& logits) {
+    std::vector<LossPart> parts;
+    const at::Tensor hidden = at::zeros({12, 5}, at::kDouble).index_copy(0, places, logits).view({3, 4, 5});
+    return objective->loss({shell, input, batch, none, hidden, taps, &targets}, parts);
+  };
+  const auto [value, gradient] = gradient_of(loss, tensor_of(item.at("student"), {6, 5}));
+  CHECK(value == Approx(item.at("value").get<double>()).epsilon(1e-10));
+  CHECK(largest_difference(gradient, tensor_of(item.at("gradient"), {6, 5})) < 1e-10);
+  CHECK(gradient_of(loss, tensor_of(item.at("teacher"), {6, 5})).second.abs().max().item<double>() < 1e-12);
+  batch.prompts.clear();
+  CHECK(gradient_of(loss, tensor_of(item.at("student"), {6, 5})).second.abs().max().item<double>() == 0);
+}
