@@ -1,10 +1,12 @@
 // kompakt: dispatches a verb of the table; the one place where errors become messages and exit codes.
 #include <cstdio>
+#include <cstdlib>
 #include <new>
 #include <string>
 #include <vector>
 
 #include "cli/verbs.h"
+#include "core/launch.h"
 #include "core/log.h"
 #include "core/system.h"
 #include "core/text.h"
@@ -41,6 +43,13 @@ ExitCode dispatch(const std::vector<std::string>& words) {
   return verb->run(arguments);
 }
 
+// Of several processes, one that fails may leave threads of the transport behind that wait for a rank that is gone.
+int leave(ExitCode code) {
+  std::fflush(nullptr);
+  if (!rank_prefix().empty()) std::_Exit(static_cast<int>(code));
+  return static_cast<int>(code);
+}
+
 }  // namespace
 }  // namespace kompakt
 
@@ -50,14 +59,14 @@ int main(int argc, char** argv) {
   try {
     return static_cast<int>(dispatch({argv + 1, argv + argc}));
   } catch (const Error& error) {
-    std::fprintf(stderr, "%s %s\n", red("error:").c_str(), error.what());
-    return static_cast<int>(error.code());
+    std::fprintf(stderr, "%s %s%s\n", red("error:").c_str(), rank_prefix().c_str(), error.what());
+    return leave(error.code());
   } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "%s out of memory\n  to do:   a smaller batch_size, or `kompakt plan` to see what a recipe needs\n", red("error:").c_str());
-    return static_cast<int>(ExitCode::resource);
+    std::fprintf(stderr, "%s %sout of memory\n  to do:   a smaller batch_size, or `kompakt plan` to see what a recipe needs\n", red("error:").c_str(), rank_prefix().c_str());
+    return leave(ExitCode::resource);
   } catch (const std::exception& error) {
     const auto [text, code] = describe_failure(error);
-    std::fprintf(stderr, "%s %s\n", red("error:").c_str(), text.c_str());
-    return static_cast<int>(code);
+    std::fprintf(stderr, "%s %s%s\n", red("error:").c_str(), rank_prefix().c_str(), text.c_str());
+    return leave(code);
   }
 }

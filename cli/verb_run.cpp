@@ -27,6 +27,7 @@ RunOptions run_settings(const Arguments& arguments) {
 ExitCode run_and_print(const Recipe& recipe, const Arguments& arguments) {
   set_threads();
   const RunOutcome outcome = run_recipe(recipe, run_settings(arguments));
+  if (outcome.report.is_null()) return outcome.code;  // not the first of several processes
   if (arguments.has("json")) {
     std::fputs(dump_json(outcome.report).c_str(), stdout);
     return outcome.code;

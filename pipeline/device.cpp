@@ -3,9 +3,11 @@
 #include <ATen/Context.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "core/error.h"
+#include "core/launch.h"
 #include "core/system.h"
 #include "core/text.h"
 #include "model/parallel.h"
@@ -19,14 +21,17 @@ std::string torch_version() { return TORCH_VERSION; }
 c10::Device parse_device(const std::string& text) {
   if (text == "cpu") return c10::Device(c10::kCPU);
   const bool any = text == "cuda";
-  const auto index = starts_with(text, "cuda:") ? parse_int(text.substr(5)) : std::nullopt;
-  if (!any && (!index || *index < 0 || *index > 127)) throw Error("unknown device").at("--device").given(text).allowed("cpu, cuda, cuda:N");
+  const std::int64_t index = any ? 0 : starts_with(text, "cuda:") ? parse_int(text.substr(5)).value_or(-1) : -1;
+  if (index < 0 || index > 127) throw Error("unknown device").at("--device").given(text).allowed("cpu, cuda, cuda:N");
   if (!cuda_available()) throw Error("there is no CUDA device for this build of kompakt").at("--device").given(text).hint("run on the CPU, or see `kompakt doctor`");
-  return c10::Device(c10::kCUDA, index ? static_cast<c10::DeviceIndex>(*index) : c10::DeviceIndex{0});
+  const Launch& launch = this_launch();
+  if (!launch.alone() && !any) throw Error("several ranks cannot share one GPU").at("--device").given(text).allowed("cuda: each rank takes the GPU with its number on the machine");
+  if (!launch.alone()) return c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(launch.local_rank));
+  return c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(index));
 }
 
 void set_threads() {
-  if (!std::getenv("OMP_NUM_THREADS")) at::set_num_threads(core_count());
+  if (!std::getenv("OMP_NUM_THREADS")) at::set_num_threads(std::max(1, core_count() / this_launch().local_world));
 }
 
 }  // namespace kompakt

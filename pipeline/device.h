@@ -7,11 +7,11 @@
 
 namespace kompakt {
 
-// "cpu", "cuda" or "cuda:N". Error when the device is not there, with the reason.
+// "cpu", "cuda" or "cuda:N"; of several processes "cuda" is the GPU with the number of the rank on its machine. Error when the device is not there, with the reason.
 c10::Device parse_device(const std::string& text);
 bool cuda_available();
 std::string torch_version();
-// Threads for CPU work: OMP_NUM_THREADS when set, else all cores of this process.
+// Threads for CPU work: OMP_NUM_THREADS when set, else this process's part of the cores.
 void set_threads();
 
 }  // namespace kompakt

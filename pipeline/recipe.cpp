@@ -38,6 +38,7 @@ void recipe_top(FieldVisitor& v, Recipe& recipe, Node& data, Node& stages) {
   v.subtree("data", data, "train, dev, test, calibration, heldout: each a map of files, format, ...");
   v.subtree("stages", stages, "list of stages in the order in which they run");
   v.texts("gates", recipe.gates, "conditions on the report; exit code 3 when one is not met");
+  v.flag("tensorboard", recipe.tensorboard, "write the numbers of every training as TensorBoard event files too, into RUN/tensorboard");
   v.text("store", recipe.store, "folder where stage outputs are kept and shared between runs; empty = ~/.cache/kompakt");
 }
 

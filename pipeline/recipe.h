@@ -33,6 +33,7 @@ struct Recipe {
   std::map<std::string, DataSource> data;  // train, dev, test, calibration, heldout
   std::vector<RecipeStage> stages;
   std::vector<std::string> gates;
+  bool tensorboard = false;          // event files beside metrics.jsonl
   std::string store;                 // folder of the stage store; "" = ~/.cache/kompakt
   std::filesystem::path base;        // folder of the recipe: relative paths start here
   std::string file;

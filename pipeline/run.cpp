@@ -2,13 +2,18 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 
 #include "core/files.h"
+#include "core/launch.h"
 #include "core/log.h"
 #include "core/text.h"
+#include "distributed/collective.h"
 #include "pipeline/session.h"
+#include "report/event_file.h"
 #include "report/gates.h"
 #include "report/report.h"
+#include "train/data_parallel.h"
 
 namespace kompakt {
 namespace fs = std::filesystem;
@@ -16,15 +21,39 @@ namespace fs = std::filesystem;
 RunOutcome run_recipe(const Recipe& recipe, const RunOptions& options) { return RunSession(recipe, options).run(); }
 
 RunOutcome RunSession::run() {
-  const FolderLock lock(folder_);
-  open_metrics(folder_ / "metrics.jsonl");
-  log_metric("start", Json{{"recipe", recipe_.name}, {"seed", recipe_.seed}});
-  write_text(folder_ / "recipe.yaml", dump_yaml(recipe_.resolved));
-  log_info(str(bold(recipe_.name), "  ", folder_.string()));
+  const Launch& launch = this_launch();
+  if (launch.alone()) return work();
+  for (const RecipeStage& stage : recipe_.stages)
+    for (const TrainOptions& train : shared_trainings(stage)) check_world_fits(train.batch_size, train.accumulate, launch.world, stage.place.text());
+  if (launch.rank > 0) set_verbosity(Verbosity::silent);
+  ranks_ = Collective::join(launch, device_);
+  try {
+    const RunOutcome outcome = work();
+    ranks_->leave();
+    return outcome;
+  } catch (const std::exception& error) {
+    ranks_->fail(error.what());
+    throw;
+  }
+}
+
+RunOutcome RunSession::work() {
+  std::optional<FolderLock> lock;
+  if (leader()) {
+    lock.emplace(folder_);
+    open_metrics(folder_ / "metrics.jsonl");
+    log_metric("start", Json{{"recipe", recipe_.name}, {"seed", recipe_.seed}});
+    write_text(folder_ / "recipe.yaml", dump_yaml(recipe_.resolved));
+    set_metric_listener({});
+    if (recipe_.tensorboard) set_metric_listener([events = std::make_shared<EventFolder>(folder_ / "tensorboard")](const std::string& event, const Json& fields) { events->metric(event, fields); });
+  }
+  log_info(str(bold(recipe_.name), "  ", folder_.string(), ranks_ ? str("  ", ranks_->world(), " ranks") : std::string()));
 
   data_ = load_data(recipe_);
   data_hash_ = data_.hash();
-  for (StagePrediction& prediction : predict_stages(recipe_, data_)) predictions_[prediction.title] = prediction;
+  if (ranks_) ranks_->check_equal(str(stage_key(recipe_.stages.front(), 0), manifest_.at("recipe_sha256").get<std::string>(), data_hash_), "recipe, teacher, data or version of kompakt", "give all ranks the same files");
+  if (leader())
+    for (StagePrediction& prediction : predict_stages(recipe_, data_)) predictions_[prediction.title] = prediction;
 
   bool stopped = false;
   for (std::size_t index = 0; index < recipe_.stages.size() && !stopped; ++index) {
@@ -33,6 +62,9 @@ RunOutcome RunSession::run() {
     if (stage.row->name != "evaluate") run_stage(stage, index, stage_key(stage, index));
     stopped = !options_.until.empty() && (options_.until == stage.title || options_.until == stage.row->name);
   }
+  RunOutcome outcome;
+  outcome.folder = folder_;
+  if (!leader()) return outcome;
   if (manifest_["teacher"].is_null() && !stopped) manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
 
   Json gates = Json::array();
@@ -41,8 +73,6 @@ RunOutcome RunSession::run() {
   manifest_["warnings"] = warnings();
   write_manifest();
   write_report(folder_);
-  RunOutcome outcome;
-  outcome.folder = folder_;
   outcome.report = read_json(folder_ / "report.json");
   outcome.did_nothing = worked_ == 0;
   if (!stopped && !recipe_.gates.empty() && !all_met(evaluate_gates(outcome.report, recipe_.gates))) outcome.code = ExitCode::gate;
@@ -50,6 +80,7 @@ RunOutcome RunSession::run() {
   fs::remove_all(folder_ / "work", ignored);
   log_metric("end", Json{{"worked", worked_}});
   close_metrics();
+  set_metric_listener({});
   return outcome;
 }
 

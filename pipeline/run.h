@@ -20,10 +20,12 @@ struct RunOptions {
 struct RunOutcome {
   ExitCode code = ExitCode::ok;  // ok, or gate
   std::filesystem::path folder;
-  Json report;
+  Json report;                   // null on all ranks but the first
   bool did_nothing = false;      // every stage and measurement was there already
 };
 
+// Started several times by torchrun, mpirun or scripts/slurm_run.sh (core/launch.h), the processes share the trainings of the stages; rank 0
+// does everything else and writes everything while the others wait. The run folder and the store must be on a file system that all see.
 RunOutcome run_recipe(const Recipe& recipe, const RunOptions& options);
 
 }  // namespace kompakt

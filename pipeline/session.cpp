@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <thread>
 
 #include "core/files.h"
 #include "core/hash.h"
 #include "core/log.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "distributed/collective.h"
 #include "export/exporters.h"
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
@@ -23,10 +25,11 @@ namespace kompakt {
 namespace fs = std::filesystem;
 namespace {
 
-// Of the resolved recipe without the folder of the store: where stages are kept says nothing about what they make.
+// Of the resolved recipe without what says nothing about the things made: where stages are kept, who else reads the metrics.
 std::string recipe_hash(const Recipe& recipe) {
   Node resolved = recipe.resolved;
   if (const Node* store = resolved.find("store"); store && !store->scalar.empty()) resolved.set("store", Node::text("", true));
+  resolved.set("tensorboard", Node::text("false"));
   return sha256(dump_yaml(resolved));
 }
 
@@ -57,6 +60,9 @@ std::vector<std::pair<std::string, std::int64_t>> session_embedding_bytes(const 
 }
 
 }  // namespace
+
+RunSession::~RunSession() = default;
+bool RunSession::leader() const { return !ranks_ || ranks_->leader(); }
 
 RunSession::RunSession(const Recipe& recipe, const RunOptions& options)
     : recipe_(recipe),
@@ -93,6 +99,10 @@ std::string RunSession::stage_key(const RecipeStage& stage, std::size_t index) c
   if (stage.options.find("budget"))
     for (const RecipeStage& other : recipe_.stages)
       if (other.row->name == "export") artifact += recipe_.name + "\n" + dump_yaml(other.options);
+  if (const Node* budget = stage.options.find("budget"))
+    if (const Node* table = budget->find("latency_table"); table && !table->scalar.empty()) artifact += sha256_file(recipe_.path_of(table->scalar));
+  if (const Node* student = stage.options.find("student"))
+    if (const Node* model = student->find("model"); model && !model->scalar.empty()) artifact += session_teacher_hash(recipe_.path_of(model->scalar));
   return sha256(str(kompakt_version, "/", stage_revision, "\n", stage.row->name, "\n", dump_yaml(stage.options), position_.key, "\n", teacher_position_.key, "\n", data_hash_, "\n",
                     recipe_.find_data("train") ? recipe_.find_data("train")->max_length : 0, "\n", recipe_.seed, "\n", stage.row->needs_train ? index : 0, "\n",
                     stage.row->name == "export" ? recipe_.name : artifact));
@@ -149,40 +159,54 @@ TeacherSource* RunSession::teacher_source() {
   return teacher_source_.get();
 }
 
+StageContext RunSession::stage_context(const RecipeStage& stage, std::size_t index, const std::string& key, Json& details) {
+  StageContext context;
+  context.title = stage.title;
+  context.work = folder_ / "work" / str(stage.title, "-", key.substr(0, 12), leader() ? std::string() : str("-rank-", ranks_->rank()));
+  context.resume = options_.resume;
+  if (!options_.resume) fs::remove_all(context.work);
+  make_folder(context.work);
+  // Block by block: the weights lie in a file, and nobody asks for the teacher's outputs.
+  const bool paged = works_by_blocks(stage) && device_.is_cpu();
+  if (current_.model && is_paged(current_.model->tokens.weight) != paged && stage.row->changes_weights) current_ = {};
+  load_current(paged ? context.work : fs::path());
+  context.seed = recipe_.seed * 1000003 + index;
+  context.device = device_;
+  context.details = &details;
+  context.layer_map = position_.layer_map;
+  context.masks = current_.masks;
+  if (!shared_trainings(stage).empty()) context.ranks = ranks_.get();
+  const std::shared_ptr<const Tokenizer> tokenizer = current_.tokenizer;
+  context.data = &data_for(tokenizer, current_.model->config()).task;
+  return context;
+}
+
+void RunSession::add_teacher(const RecipeStage& stage, StageContext& context) {
+  const bool is_export = stage.row->name == "export", text = data_.kind == TaskData::Kind::text;
+  const bool uses_teacher = text ? stage.row->needs_teacher || stage.row->name == "quantize" || stage.row->name == "prune" : stage.row->name != "finetune" && !is_export;
+  const bool tunes_text = stage.row->name == "quantize" && text;
+  if (uses_teacher && !works_by_blocks(stage) && (recipe_.find_data("train") || tunes_text)) context.teacher = teacher_source();
+}
+
 void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const std::string& key) {
   const bool is_export = stage.row->name == "export";
-  std::optional<fs::path> entry = store_.find(key);
+  std::optional<fs::path> entry = leader() ? store_.find(key) : std::nullopt;
+  if (ranks_) {
+    const bool stored = !ranks_->from_leader(entry ? "stored" : "").empty();
+    if (!leader()) return follow_stage(stage, index, key, stored);
+  }
   const bool reused = entry.has_value();
   if (!entry) {
     ++worked_;
     log_info(str("\n", bold(stage.title), "  ", stage.row->summary));
     Json details = Json::object();
-    StageContext context;
-    context.title = stage.title;
-    context.work = folder_ / "work" / str(stage.title, "-", key.substr(0, 12));
-    context.resume = options_.resume;
-    if (!options_.resume) fs::remove_all(context.work);
-    make_folder(context.work);
-    // Block by block: the weights lie in a file, and nobody asks for the teacher's outputs.
-    const bool by_blocks = works_by_blocks(stage);
-    const bool paged = by_blocks && device_.is_cpu();
-    if (current_.model && is_paged(current_.model->tokens.weight) != paged && stage.row->changes_weights) current_ = {};
-    load_current(paged ? context.work : fs::path());
-    context.seed = recipe_.seed * 1000003 + index;
-    context.device = device_;
-    context.details = &details;
-    context.layer_map = position_.layer_map;
-    context.masks = current_.masks;
-    const std::shared_ptr<const Tokenizer> tokenizer = current_.tokenizer;
-    context.data = &data_for(tokenizer, current_.model->config()).task;
+    StageContext context = stage_context(stage, index, key, details);
     const bool reset = reset_peak_memory();
     const auto start = std::chrono::steady_clock::now();
     const double cpu_start = cpu_seconds();
-    const bool uses_teacher = data_.kind == TaskData::Kind::classification ? stage.row->name != "finetune" && !is_export : stage.row->needs_teacher || stage.row->name == "quantize" || stage.row->name == "prune";
-    const bool tunes_text = stage.row->name == "quantize" && data_.kind == TaskData::Kind::text;
-    if (uses_teacher && !by_blocks && (recipe_.find_data("train") || tunes_text)) context.teacher = teacher_source();
+    add_teacher(stage, context);
     entry = store_.add(key, [&](const fs::path& folder) {
-      StageRun run{recipe_, current_, teacher_, context, folder};
+      StageRun run{recipe_, current_, teacher_, context, folder, teacher_tokenizer_};
       stage.row->run(stage.options, run);
       if (!is_export) {
         save_model(*current_.model, folder);
@@ -209,6 +233,7 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
     log_info(str(stage.title, "  unchanged, taken from the store"));
     current_ = {};
   }
+  if (ranks_) ranks_->from_leader("");  // the others may look into the store
   Json record = read_json(*entry / "stage.json");
   record["reused"] = reused;
   record["outputs"] = Store::outputs(*entry);
@@ -223,12 +248,7 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
     manifest_["artifact"]["format"] = primary;
   } else {
     Store::link_into(*entry, target);
-    position_ = {key, *entry, stage.title, record.at("layer_map").get<std::vector<std::int64_t>>()};
-    if (stage.row->name == "finetune") {
-      teacher_position_ = position_;
-      teacher_.reset();
-      teacher_source_.reset();
-    }
+    move_on(stage, key, *entry, record);
     if (manifest_["teacher"].is_null() && (stage.row->name == "finetune" || data_.kind == TaskData::Kind::text)) {
       manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
     }
@@ -240,6 +260,35 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
   write_manifest();
 }
 
+void RunSession::move_on(const RecipeStage& stage, const std::string& key, const fs::path& entry, const Json& record) {
+  position_ = {key, entry, stage.title, record.at("layer_map").get<std::vector<std::int64_t>>()};
+  if (stage.row->name != "finetune") return;
+  teacher_position_ = position_;
+  teacher_.reset();
+  teacher_source_.reset();
+}
+
+void RunSession::follow_stage(const RecipeStage& stage, std::size_t index, const std::string& key, bool stored) {
+  if (!stored && !shared_trainings(stage).empty()) {
+    Json details = Json::object();
+    StageContext context = stage_context(stage, index, key, details);
+    add_teacher(stage, context);
+    StageRun run{recipe_, current_, teacher_, context, context.work / "output", teacher_tokenizer_};
+    stage.row->run(stage.options, run);
+    fs::remove_all(context.work);
+  }
+  ranks_->from_leader("");
+  current_ = {};
+  if (stage.row->name == "export") return;
+  std::optional<fs::path> entry = store_.find(key);
+  for (int tries = 0; !entry && tries < 100; ++tries) {  // a network file system shows a new folder late
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    entry = store_.find(key);
+  }
+  if (!entry) throw Error(str("the output of stage ", stage.title, ", which rank 0 has stored, is not there for rank ", ranks_->rank())).at(store_.root().string()).hint("put the store (store: FOLDER in the recipe, or XDG_CACHE_HOME) on a file system that all ranks share");
+  move_on(stage, key, *entry, read_json(*entry / "stage.json"));
+}
+
 void RunSession::publish_artifact(const fs::path& entry) {
   Json lineage{{"kompakt_version", kompakt_version}, {"recipe", to_json(recipe_.resolved)}, {"recipe_sha256", manifest_.at("recipe_sha256")}, {"seed", recipe_.seed}, {"teacher", manifest_.at("teacher_source")}, {"data", data_.describe()}};
   Json stages = Json::array();
@@ -247,6 +296,7 @@ void RunSession::publish_artifact(const fs::path& entry) {
   lineage["stages"] = std::move(stages);
   // Where the files lie on this machine says nothing about where the model comes from.
   lineage["recipe"]["store"] = "";
+  lineage["recipe"]["tensorboard"] = false;
   lineage["files"] = Store::outputs(entry);
   AtomicFolder folder(folder_ / "artifact");
   const Json files = lineage["files"];
@@ -295,8 +345,11 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   TeacherScores scores;
   if (measurable) {
     if (text && !is_teacher) load_teacher();
+    // Distributions over different tokens cannot be compared.
+    const bool comparable = text && !is_teacher && tokenizer->fingerprint() == teacher_tokenizer_->fingerprint();
     TokenizedData& tokenized = data_for(tokenizer, model->config());
-    scores = measure(*model, tokenized, evaluate_.measure, is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, text && !is_teacher ? teacher_.get() : nullptr, label, out);
+    scores = measure(*model, tokenized, evaluate_.measure, is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, comparable ? teacher_.get() : nullptr, label, out);
+    if (text && !is_teacher && !comparable) out["nulls"]["kl"] = "the teacher has another tokenizer";
     if (evaluate_.cascade && artifact && teacher_scores_ && !text) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
   } else {
     out["nulls"] = Json{{"accuracy", data_.has_test() ? "the model has no classifier" : "the recipe has no test data"}};

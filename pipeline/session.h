@@ -22,6 +22,7 @@ namespace kompakt {
 class RunSession {
  public:
   RunSession(const Recipe& recipe, const RunOptions& options);
+  ~RunSession();
   RunOutcome run();
 
  private:
@@ -32,8 +33,16 @@ class RunSession {
     std::vector<std::int64_t> layer_map;
   };
 
+  RunOutcome work();
+  bool leader() const;  // true in a run of one process
   std::string stage_key(const RecipeStage& stage, std::size_t index) const;
   void run_stage(const RecipeStage& stage, std::size_t index, const std::string& key);
+  // The part of the ranks that write nothing: they train along, or wait until rank 0 has stored the stage.
+  void follow_stage(const RecipeStage& stage, std::size_t index, const std::string& key, bool stored);
+  // What a stage's function gets, but for the teacher; loads the model and makes the scratch folder.
+  StageContext stage_context(const RecipeStage& stage, std::size_t index, const std::string& key, Json& details);
+  void add_teacher(const RecipeStage& stage, StageContext& context);
+  void move_on(const RecipeStage& stage, const std::string& key, const std::filesystem::path& entry, const Json& record);
   // current_ from position_.folder when it is not there; `paging`: folder for its weights, empty = in memory.
   void load_current(const std::filesystem::path& paging = {});
   void load_teacher();                      // teacher_ from teacher_position_.folder
@@ -45,6 +54,7 @@ class RunSession {
   void write_manifest() const;
   Json environment() const;
 
+  std::unique_ptr<Collective> ranks_;  // null: one process
   const Recipe& recipe_;
   RunOptions options_;
   std::filesystem::path folder_;

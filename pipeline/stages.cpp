@@ -367,16 +367,21 @@ bool works_by_blocks(const RecipeStage& stage) {
   return !find_quantization_method(options.method)->needs_train && !options.tunes_model();
 }
 
-std::optional<TrainOptions> trains_on_all_ranks(const RecipeStage& stage) {
-  if (stage.row->name == "finetune") return read_stage<FinetuneOptions>(stage.options).train;
-  if (stage.row->name == "distill") return read_stage<DistillOptions>(stage.options).train;
+std::vector<TrainOptions> shared_trainings(const RecipeStage& stage) {
+  std::vector<TrainOptions> out;
+  if (stage.row->name == "finetune") out.push_back(read_stage<FinetuneOptions>(stage.options).train);
+  if (stage.row->name == "distill") out.push_back(read_stage<DistillOptions>(stage.options).train);
   if (stage.row->name == "prune") {
     const auto options = read_stage<PruneOptions>(stage.options);
-    return options.has_recover ? std::optional(options.recover) : std::nullopt;
+    if (options.has_recover) out.push_back(options.recover);
   }
-  if (stage.row->name != "quantize") return std::nullopt;
-  const auto options = read_stage<QuantizeOptions>(stage.options);
-  return find_quantization_method(options.method)->needs_train && !options.tunes_model() ? std::optional(options.train) : std::nullopt;
+  if (stage.row->name == "quantize") {
+    const auto options = read_stage<QuantizeOptions>(stage.options);
+    if (!find_quantization_method(options.method)->needs_train || options.tunes_model()) return out;
+    if (options.has_pretrain) out.push_back(options.pretrain);
+    out.push_back(options.train);
+  }
+  return out;
 }
 
 std::vector<std::string> stage_names() {

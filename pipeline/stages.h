@@ -35,6 +35,7 @@ struct StageRun {
   std::shared_ptr<const Transformer> teacher;  // null before there is one
   StageContext& context;
   std::filesystem::path output;              // folder for files of its own (export); the pipeline saves the model
+  std::shared_ptr<const Tokenizer> teacher_tokenizer;  // null where teacher is
 };
 
 // What `plan` knows after a stage without running it.
@@ -49,6 +50,7 @@ struct PlannedModel {
   std::int64_t memory_bytes = 0; // predicted peak
   double seconds = 0;            // predicted
   std::vector<std::string> notes;
+  Json shapes = Json();          // of stages that change the shape: valid values and their bytes (prune/shape_planner.h)
 };
 struct PlanInput {
   const Recipe& recipe;
@@ -57,6 +59,8 @@ struct PlanInput {
   std::int64_t calibration_windows = 0, calibration_length = 0;
   std::int64_t touched_vocabulary = 0;  // pieces that the training texts use
   std::int64_t vocabulary_kept = 0;     // after vocabulary pruning
+  const Tokenizer* pruned_tokenizer = nullptr;  // likewise; null without
+  std::size_t stage = 0;                // index of the stage that is being planned
   std::int64_t evaluation_examples = 0;
   double gigaflops = 0;                 // measured in a moment's matrix product
   ModelConfig teacher;
@@ -83,5 +87,8 @@ std::vector<std::string> stage_names();
 // A stage prune or quantize that works on one block after the other and neither trains nor tunes the whole model: it needs one block of
 // float weights at a time and no outputs of the teacher.
 bool works_by_blocks(const RecipeStage& stage);
+// The trainings of a stage that several processes share; none for stages that rank 0 works on alone. (Tuning towards the teacher
+// in the stage quantize watches one model and stays there.)
+std::vector<TrainOptions> shared_trainings(const RecipeStage& stage);
 
 }  // namespace kompakt
