@@ -1,6 +1,8 @@
 // A model with rows of 256 from the stage to a GGUF file and a packed folder of super-blocks, reopened bit for bit.
 #include <ATen/ATen.h>
 
+#include <utility>
+
 #include "core/files.h"
 #include "core/json.h"
 #include "export/exporters.h"
@@ -31,14 +33,14 @@ TEST_CASE("super-blocks go from the stage into GGUF and the packed folder withou
     CAPTURE(format);
     const Exporter& exporter = *find_exporter(format);
     REQUIRE(exporter.obstacles(model.config(), plan).empty());
-    const testing::TemporaryFolder folder;
+    const TemporaryFolder folder;
     exporter.write({model, quantized, "test", {}}, folder.path());
     const auto reopened = exporter.reopen(folder.path());
-    const auto left = model.parameters(), right = std::as_const(*reopened).parameters();
+    const auto left = std::as_const(model).parameters(), right = std::as_const(*reopened).parameters();
     REQUIRE(left.size() == right.size());
     for (std::size_t i = 0; i < left.size(); ++i) {
-      CAPTURE(left[i].name);
-      CHECK(at::equal(*left[i].value, right[i].second));
+      CAPTURE(left[i].first);
+      CHECK(at::equal(left[i].second, right[i].second));
     }
     if (exporter.file_bytes) CHECK(exporter.file_bytes({model, plan, "test", false, {}}) == static_cast<std::int64_t>(bytes_on_disk(folder.path())));
     if (std::string(format) != "gguf") continue;

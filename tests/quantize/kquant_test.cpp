@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "core/files.h"
 #include "core/random.h"
 #include "formats/ggml_blocks.h"
 #include "formats/tensor_data.h"
@@ -28,7 +29,6 @@ namespace {
 
 using testing::contains_all;
 using testing::error_text;
-using testing::TemporaryFolder;
 
 const char* const kquant_names[] = {"q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs"};
 
@@ -167,7 +167,7 @@ TEST_CASE("encoded matrices survive as ggml's bytes, bit for bit", "[quantize][k
     CHECK(at::equal(kquant_decoded(*spec.grid, bytes, 24, 768), decode(spec, q)));
     const Quantized back = kquant_values(*spec.grid, bytes, 24, 768);
     CHECK(kquant_same(back, q));
-    CHECK(kquant_blocks(*spec.grid, back) == bytes);
+    CHECK((kquant_blocks(*spec.grid, back) == bytes));
     CHECK(contains_all(error_text([&] { kquant_values(*spec.grid, std::span(bytes).first(bytes.size() - 1), 24, 768); }), {"bytes", "damaged"}));
     CHECK(contains_all(error_text([&] { encode(spec, at::zeros({2, 384})); }), {"384", "super-blocks of 256", "multiples of 256"}));
     std::vector<std::byte> bad = bytes;
