@@ -42,12 +42,23 @@ ExitCode verb_inspect(const Arguments& arguments) {
 }
 
 ExitCode verb_explain(const Arguments& arguments) {
-  const Json found = explain(arguments.positional.empty() ? "" : arguments.positional[0]);
-  print(arguments.has("json") ? dump_json(found) : explain_text(found));
+  Json found = explain(arguments.positional.empty() ? "" : arguments.positional[0]);
+  if (arguments.positional.size() > 1) found["shapes"] = explain_shapes(arguments.positional[1]);
+  print(arguments.has("json") ? dump_json(found) : explain_text(found) + (found.contains("shapes") ? explain_shapes_text(found.at("shapes")) : std::string()));
   return ExitCode::ok;
 }
 
 ExitCode verb_doctor(const Arguments& arguments) {
+  if (arguments.has("latency-table")) {
+    if (!arguments.has("model")) throw Error("a latency table is made for the shapes of a model").at("kompakt doctor").hint("add --model DIR");
+    const auto tokens = parse_int(arguments.get("tokens", "1"));
+    if (!tokens || *tokens < 1 || *tokens > 1 << 20) throw Error("tokens is a whole number").at("kompakt doctor --tokens").given(arguments.get("tokens")).allowed("1 to 1048576");
+    const Json table = write_latency_table(arguments.get("model"), arguments.get("latency-table"), *tokens);
+    print(arguments.has("json") ? dump_json(table) : latency_table_text(table));
+    return ExitCode::ok;
+  }
+  for (const char* option : {"model", "tokens"})
+    if (arguments.has(option)) throw Error(str("--", option, " belongs to --latency-table")).at("kompakt doctor").hint("add --latency-table FILE");
   const Json findings = doctor();
   print(arguments.has("json") ? dump_json(findings) : doctor_text(findings));
   return findings.at("healthy").get<bool>() ? ExitCode::ok : ExitCode::bug;

@@ -47,6 +47,17 @@ const Options& json_options() {
   return options;
 }
 
+const Options& doctor_options() {
+  static const Options options = {
+      {"latency-table", "FILE", "measure the matrix products of a model's layer shapes on this machine, for searches under a latency budget"},
+      {"model", "DIR", "whose shapes; Hugging Face folder or .gguf file"},
+      {"tokens", "N", "tokens of a forward pass in the table; default 1"},
+      {"json", "", "print one JSON document"},
+      {"help", "", "this text"},
+  };
+  return options;
+}
+
 const Options& gate_options() {
   static const Options options = {{"require", "EXPR", "condition that must hold; may be repeated", true}, {"junit", "FILE", "write the verdicts as JUnit XML"}, {"json", "", "print one JSON document"}, {"help", "", "this text"}};
   return options;
@@ -92,10 +103,10 @@ std::span<const Verb> verbs() {
       {"report", "RUN", "rebuild report.json, report.md and report.html from a run folder", "kompakt report runs/quickstart", 1, 1, json_options, verb_report},
       {"gate", "RUN", "check conditions on a report; exit code 3 when one is not met", "kompakt gate runs/quickstart --require 'artifact.bytes <= 3MB'", 1, 1, gate_options, verb_gate},
       {"inspect", "FILE|DIR", "tensors, types, bytes, bits per weight and metadata of a model file", "kompakt inspect runs/quickstart/artifact", 1, 1, json_options, verb_inspect},
-      {"explain", "KEY|STAGE|METHOD", "help from the tables that the recipe reader uses", "kompakt explain quantize.group", 0, 1, json_options, verb_explain},
+      {"explain", "KEY|STAGE|METHOD [RECIPE]", "help from the tables that the recipe reader uses; with a recipe also the shapes that its prune stages may lead to", "kompakt explain quantize.group", 0, 2, json_options, verb_explain},
       {"classify", "MODEL", "answer with a classifier", "kompakt classify runs/quickstart/artifact --text \"my card has not arrived\"", 1, 1, classify_options, verb_classify},
       {"generate", "MODEL", "write text with a decoder", "kompakt generate model.gguf --prompt \"Once upon a time\"", 1, 1, generate_options, verb_generate},
-      {"doctor", "", "what this machine and this build can do, with a self test", "kompakt doctor", 0, 0, json_options, verb_doctor},
+      {"doctor", "", "what this machine and this build can do, with a self test", "kompakt doctor", 0, 0, doctor_options, verb_doctor},
   }};
   return rows;
 }

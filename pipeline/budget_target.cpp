@@ -62,4 +62,14 @@ BudgetTarget budget_target(const Recipe& recipe, const Transformer& model, const
   return target;
 }
 
+void keep_whole_floats(BudgetTarget& target, const Transformer& shapes, std::function<bool(const std::string& parameter)> whole) {
+  const bool vectors = !find_exporter(target.format)->needs_gguf_tokenizer;  // GGUF holds vectors in float32 anyway
+  target.file_bytes = [bytes = std::move(target.file_bytes), &shapes, whole = std::move(whole), vectors](const std::map<std::string, GridSpec>& plan) {
+    std::int64_t more = 0;
+    for (const auto& [name, value] : shapes.parameters())
+      if ((vectors || value.dim() > 1) && !plan.count(ends_with(name, ".weight") ? name.substr(0, name.size() - 7) : name) && whole(name)) more += 2 * value.numel();
+    return bytes(plan) + more;
+  };
+}
+
 }  // namespace kompakt

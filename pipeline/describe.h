@@ -1,6 +1,7 @@
 // Texts for people about this build, this machine, model files, options and failures. What the command line prints.
 #pragma once
 
+#include <cstdint>
 #include <exception>
 #include <filesystem>
 #include <string>
@@ -26,5 +27,13 @@ std::string explain_text(const Json& explanation);
 // `kompakt doctor`: build, machine, devices, memory, disk, and a self test on every device present. "healthy": true when all passed.
 Json doctor();
 std::string doctor_text(const Json& findings);
+
+// `kompakt doctor --latency-table FILE --model DIR`: measures, writes the table (pipeline/latency_table.h) and tells what is in it.
+Json write_latency_table(const std::filesystem::path& model, const std::filesystem::path& file, std::int64_t tokens);
+std::string latency_table_text(const Json& table);
+
+// `kompakt explain KEY RECIPE`: shapes that the recipe's prune stages may lead to, with bytes (prune/shape_planner.h).
+Json explain_shapes(const std::filesystem::path& recipe);
+std::string explain_shapes_text(const Json& stages);
 
 }  // namespace kompakt

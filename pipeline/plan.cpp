@@ -12,7 +12,9 @@
 #include "core/text.h"
 #include "export/exporters.h"
 #include "model/checkpoint.h"
+#include "pipeline/describe.h"
 #include "pipeline/stages.h"
+#include "prune/shape_planner.h"
 #include "prune/stage.h"
 
 namespace kompakt {
@@ -27,6 +29,10 @@ std::unique_ptr<Tokenizer> plan_tokenizer(const Recipe& recipe) {
 
 const VocabularyOptions* plan_vocabulary(const Recipe& recipe, PruneOptions& options) {
   for (const RecipeStage& stage : recipe.stages) {
+    if (stage.row->name == "search") {
+      const Node* tried = stage.options.find("vocabulary");
+      if (tried && std::any_of(tried->items.begin(), tried->items.end(), [](const Node& item) { return item.scalar == "used"; })) return &(options = {}).vocabulary;
+    }
     if (stage.row->name != "prune") continue;
     Problems problems;
     options = {};
@@ -90,9 +96,13 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
   input.evaluation_examples = static_cast<std::int64_t>(tokenized->test.ids.size());
   input.gigaflops = measure_gigaflops();
   PruneOptions prune_options;
+  std::unique_ptr<Tokenizer> pruned_tokenizer;
   if (const VocabularyOptions* vocabulary = plan_vocabulary(recipe, prune_options)) {
     texts.insert(texts.end(), tokenized->task.calibration.begin(), tokenized->task.calibration.end());
-    input.vocabulary_kept = static_cast<std::int64_t>(kept_vocabulary(*tokenizer, texts, *vocabulary).size());
+    const std::vector<std::int64_t> kept = kept_vocabulary(*tokenizer, texts, *vocabulary);
+    input.vocabulary_kept = static_cast<std::int64_t>(kept.size());
+    pruned_tokenizer = tokenizer->restrict_to(kept);
+    input.pruned_tokenizer = pruned_tokenizer.get();
   }
 
   // The teacher in float stays in memory beside the model of every stage after the one that made it; one that is no classifier
@@ -108,6 +118,8 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     model.bytes = 0;
     model.memory_bytes = 0;
     model.notes.clear();
+    model.shapes = Json();
+    input.stage = static_cast<std::size_t>(&stage - recipe.stages.data());
     stage.row->plan(stage.options, input, model);
     StagePrediction prediction;
     prediction.title = stage.title;
@@ -121,8 +133,25 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     for (const auto& [name, spec] : model.quantized)
       if (stage.row->name == "quantize") prediction.formats[name] = model.budget_bytes > 0 ? "decided in the run" : str(spec.grid->name, spec.group > 0 ? str(" g", spec.group) : std::string());
     prediction.notes = model.notes;
+    prediction.shapes = model.shapes;
     out.push_back(std::move(prediction));
   }
+  return out;
+}
+
+Json explain_shapes(const std::filesystem::path& file) {
+  const Recipe recipe = read_recipe(file);
+  const LoadedData data = load_data(recipe);
+  Json out = Json::array();
+  for (const StagePrediction& prediction : predict_stages(recipe, data))
+    if (!prediction.shapes.is_null()) out.push_back(Json{{"stage", prediction.title}, {"shapes", prediction.shapes}});
+  return out;
+}
+
+std::string explain_shapes_text(const Json& stages) {
+  if (stages.empty()) return "\nno stage of the recipe changes a shape: prune: {structured: ...} or {vocabulary: ...} does\n";
+  std::string out;
+  for (const Json& stage : stages) out += str("\n", stage.at("stage").get<std::string>(), "\n", shapes_text(stage.at("shapes"), "  "));
   return out;
 }
 
@@ -136,6 +165,7 @@ std::string plan_table(const Recipe& recipe, const std::vector<StagePrediction>&
     out += cell(p.title, 16) + cell(human_count(static_cast<double>(p.parameters)), 14) + cell(p.bytes > 0 ? human_bytes(static_cast<double>(p.bytes)) : "-", 14) +
            cell(human_bytes(static_cast<double>(p.memory_bytes)), 14) + (p.seconds > 0 ? human_seconds(p.seconds) : "-") + "\n";
     for (const std::string& note : p.notes) out += "  note: " + note + "\n";
+    if (!p.shapes.is_null()) out += shapes_text(p.shapes, "  ");
     std::map<std::string, int> counts;
     for (const auto& [name, format] : p.formats) ++counts[format];
     for (const auto& [format, count] : counts) out += str("  ", count, " tensors as ", format, "\n");
@@ -147,7 +177,7 @@ std::string plan_table(const Recipe& recipe, const std::vector<StagePrediction>&
 Json plan_json(const Recipe& recipe, const std::vector<StagePrediction>& predictions) {
   Json stages = Json::array();
   for (const StagePrediction& p : predictions)
-    stages.push_back(Json{{"name", p.title}, {"parameters", p.parameters}, {"bytes", p.bytes}, {"peak_memory_bytes", p.memory_bytes}, {"seconds", p.seconds}, {"formats", p.formats}, {"notes", p.notes}});
+    stages.push_back(Json{{"name", p.title}, {"parameters", p.parameters}, {"bytes", p.bytes}, {"peak_memory_bytes", p.memory_bytes}, {"seconds", p.seconds}, {"formats", p.formats}, {"notes", p.notes}, {"shapes", p.shapes}});
   return Json{{"name", recipe.name}, {"stages", stages}};
 }
 

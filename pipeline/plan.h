@@ -21,6 +21,7 @@ struct StagePrediction {
   std::int64_t parameters = 0;
   std::map<std::string, std::string> formats;  // tensor -> grid, of the quantize stage
   std::vector<std::string> notes;
+  Json shapes;                                 // of stages that change the shape
 };
 
 // Shapes are carried through all stages; a shape that a stage or an exporter cannot take is an Error here, before any work.

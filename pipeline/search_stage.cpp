@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <chrono>
 #include <optional>
+#include <set>
+#include <utility>
 
 #include "core/error.h"
 #include "core/hash.h"
@@ -143,7 +145,16 @@ void run_search(const Node& node, StageRun& run) {
     kept = kept_vocabulary(*run.current.tokenizer, texts, {});
     restricted = run.current.tokenizer->restrict_to(kept);
   }
-  BudgetSearch search(*original, options, kept, [&](const Transformer& shapes, bool used) { return budget_target(run.recipe, shapes, used && restricted ? *restricted : *run.current.tokenizer, false); }, run.context);
+  std::set<std::string> halves;  // parameters that half precision holds
+  for (const auto& [name, value] : std::as_const(*original).parameters())
+    if (at::equal(value.detach().to(at::kHalf).to(at::kFloat), value.detach().to(at::kFloat))) halves.insert(name);
+  const auto target = [&](const Transformer& shapes, bool used) {
+    BudgetTarget out = budget_target(run.recipe, shapes, used && restricted ? *restricted : *run.current.tokenizer, false);
+    // A refit changes biases.
+    keep_whole_floats(out, shapes, [&halves, refit = options.compensate == "ls"](const std::string& name) { return !halves.count(name) || (refit && ends_with(name, ".bias")); });
+    return out;
+  };
+  BudgetSearch search(*original, options, kept, target, run.context);
   search.measure(search_cache(run, options, kept.size()));
   std::vector<SearchPoint> points = search.solve(table ? &*table : nullptr);
   const std::size_t measured = std::min(points.size(), static_cast<std::size_t>(options.measure));

@@ -50,14 +50,22 @@ ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenize
   const auto saves = std::find_if(exports.begin(), exports.end(), [](const Exporter* e) { return e->file_bytes != nullptr; });
   const Exporter* first = saves == exports.end() ? nullptr : *saves;
   if (exports.empty() && quantize) first = find_exporter("kompakt");
+  // What was trained has values that half precision does not hold; what is as the checkpoint has it is taken to have none.
+  bool trained = false;
+  for (std::size_t i = 0; i <= stage; ++i) {
+    const Node& options = recipe.stages[i].options;
+    const Node* compensate = options.find("compensate");
+    trained = trained || recipe.stages[i].row->needs_train || options.find("recover") || (compensate && compensate->scalar != "none");
+  }
   ShapeTarget target;
   if (first) target.format = std::string(first->name);
   const auto words = [full = &tokenizer, pruned](const ModelConfig& config) -> const Tokenizer& { return pruned && pruned->vocab_size() == config.vocab ? *pruned : *full; };
   if (!quantize) {
-    target.size = [first, words, &recipe](const ModelConfig& config) -> FileSize {
+    target.size = [first, words, &recipe, trained](const ModelConfig& config) -> FileSize {
       const Transformer shapes(config, 0, c10::Device(c10::kMeta));
       const std::int64_t floats = count_parameters(config).total * 4;
-      const BudgetTarget files = first ? budget_target(recipe, shapes, words(config), false) : BudgetTarget{};
+      BudgetTarget files = first ? budget_target(recipe, shapes, words(config), false) : BudgetTarget{};
+      if (first && trained) keep_whole_floats(files, shapes, [](const std::string&) { return true; });
       return {first ? files.file_bytes({}) : floats, target_embedding(first, shapes, {}, first ? 2 : 4)};
     };
     return target;
@@ -94,9 +102,10 @@ ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenize
     return specs.empty();
   };
   if (!first) return target;
-  target.size = [quantize, first, words, &recipe](const ModelConfig& config) -> FileSize {
+  target.size = [quantize, first, words, &recipe, trained](const ModelConfig& config) -> FileSize {
     const Transformer shapes(basis_config(config, quantize->basis), 0, c10::Device(c10::kMeta));
-    const BudgetTarget files = budget_target(recipe, shapes, words(config), quantize->others == "f16");
+    BudgetTarget files = budget_target(recipe, shapes, words(config), quantize->others == "f16");
+    if (trained && quantize->others != "f16") keep_whole_floats(files, shapes, [](const std::string&) { return true; });
     std::map<std::string, GridSpec> plan;
     try {
       if (quantize->has_budget) {

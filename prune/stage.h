@@ -8,6 +8,8 @@
 #include "core/fields.h"
 #include "prune/criteria.h"
 #include "prune/depth.h"
+#include "prune/gradual.h"
+#include "prune/structured.h"
 #include "prune/unstructured.h"
 #include "train/context.h"
 #include "train/loop.h"
@@ -25,6 +27,7 @@ struct StructuredOptions {
 struct VocabularyOptions {
   std::int64_t first_ids = 0;  // besides pieces that the training texts use: keep all ids below this (vocabularies are sorted by frequency)
   std::int64_t max_positions = 0;  // rows of learned position embeddings to keep; 0 = all
+  std::int64_t multiple_of = 1;    // the count of kept ids is filled up to a multiple, with the lowest ids that would go
 };
 
 struct PruneOptions {
@@ -38,6 +41,8 @@ struct PruneOptions {
   std::int64_t samples = 768;         // training examples (or sequences) that the importance is measured on
   std::int64_t multiple_of = 32;      // widths are rounded to a multiple
   std::string compensate = "none";    // none | ls: refit of down and output projections to their own outputs | stream: to the residual stream
+  bool has_schedule = false;          // sparsity grows during the recovery instead of before it
+  GradualOptions schedule;
   bool has_recover = false;
   TrainOptions recover;
   Node objective;                     // of the recovery, as in distill
@@ -47,8 +52,17 @@ void fields(FieldVisitor& visitor, PruneOptions& options);
 // Shape after the stage, for `plan` and for the check of the recipe: Error with the nearest valid value where it does not divide.
 ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options);
 
+// Error when the schedule does not go together with the rest of the options.
+void check_schedule(const PruneOptions& options);
+
 // Structured pruning (vocabulary excluded), then single weights, then recovery with `objectives` when asked.
 void prune(Transformer& model, const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, StageContext& context);
+
+// For the report: how important units are in every layer, and how much of that stays.
+Json describe_importance(const std::string& criterion, const UnitScores& scores, const std::vector<KeptUnits>& kept, std::size_t examples);
+// Teacher layer that each layer follows, without the layers `gone`. A layer that stays answers for the removed ones behind it as
+// well: the next kept layer must see its original input.
+std::vector<std::int64_t> layer_map_without(const std::vector<std::int64_t>& map, const std::vector<std::int64_t>& gone);
 
 // Single weights alone, without recovery: one block of weights at a time is enough.
 bool prunes_by_blocks(const PruneOptions& options);

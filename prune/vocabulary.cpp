@@ -55,6 +55,11 @@ std::vector<std::int64_t> kept_vocabulary(const Tokenizer& tokenizer, const std:
   const SpecialTokens& special = tokenizer.special();
   for (const std::int64_t id : {special.bos, special.eos, special.pad, special.unk, special.cls, special.sep, special.mask})
     if (id >= 0) add(id, "a special token");
+  // Real pieces, not empty rows: what a vocabulary is filled up with can be of use.
+  auto missing = std::count(keep.begin(), keep.end(), true) % options.multiple_of;
+  if (missing > 0) missing = options.multiple_of - missing;
+  for (std::int64_t id = 0; id < size && missing > 0; ++id)
+    if (!keep[static_cast<std::size_t>(id)]) keep[static_cast<std::size_t>(id)] = true, --missing;
   std::vector<std::int64_t> kept;
   for (std::int64_t id = 0; id < size; ++id)
     if (keep[static_cast<std::size_t>(id)]) kept.push_back(id);

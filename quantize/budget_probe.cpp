@@ -38,16 +38,27 @@ std::vector<at::Tensor> BudgetProbe::features(const Transformer& model) const {
   return out;
 }
 
-double BudgetProbe::divergence(const Transformer& model) const {
+double BudgetProbe::divergence(const Transformer& model, const at::Tensor& rows_kept) const {
   const at::NoGradGuard no_grad;
   const std::vector<at::Tensor> now = features(model);
-  const at::Tensor weight = probe_weight(model), bias = probe_head(model).bias;
+  at::Tensor weight = probe_weight(model), bias = probe_head(model).bias;
+  if (rows_kept.defined()) {
+    weight = weight.index_select(0, rows_kept);
+    if (bias.defined()) bias = bias.index_select(0, rows_kept);
+  }
   constexpr std::int64_t rows = 128;  // logits of few tokens at a time
   double sum = 0;
   std::int64_t count = 0;
   for (std::size_t b = 0; b < now.size(); ++b)
     for (std::int64_t first = 0; first < now[b].size(0); first += rows) {
-      const at::Tensor p = at::log_softmax(at::linear(before_[b].slice(0, first, first + rows), weight_, bias_), -1), q = at::log_softmax(at::linear(now[b].slice(0, first, first + rows), weight, bias), -1);
+      at::Tensor p = at::log_softmax(at::linear(before_[b].slice(0, first, first + rows), weight_, bias_), -1);
+      const at::Tensor q = at::log_softmax(at::linear(now[b].slice(0, first, first + rows), weight, bias), -1);
+      if (rows_kept.defined()) {
+        p = p.index_select(1, rows_kept);
+        const at::Tensor mass = at::logsumexp(p, {1}, /*keepdim=*/true);
+        sum -= mass.sum(at::kDouble).item<double>();
+        p = p - mass;
+      }
       sum += (p.exp() * (p - q)).sum(-1).to(at::kDouble).sum().item<double>();
       count += p.size(0);
     }

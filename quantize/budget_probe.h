@@ -14,8 +14,10 @@ class BudgetProbe {
  public:
   // Remembers the predictions of `model` as it is. `set` must outlive the probe.
   BudgetProbe(const Transformer& model, const CalibrationSet& set);
-  // Mean KL(before || now) in nats per prediction.
-  double divergence(const Transformer& model) const;
+  // Mean KL(before || now) in nats per prediction. `rows`: ids of the vocabulary that will stay (rising), undefined = all: what
+  // is compared then are the distributions over those, and what the smaller vocabulary itself costs, -log of the probability
+  // that the kept ids had, is added.
+  double divergence(const Transformer& model, const at::Tensor& rows = {}) const;
 
  private:
   std::vector<at::Tensor> features(const Transformer& model) const;  // per batch [n, d]: what the head reads

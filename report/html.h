@@ -21,8 +21,9 @@ struct ScatterPoint {
   std::optional<double> low, high;    // of y
   const char* kind = "stage";         // CSS class: teacher, stage, artifact
 };
-// Size on a logarithmic axis against a score; points are joined in the order given.
-std::string svg_scatter(const std::vector<ScatterPoint>& points, const std::string& x_title, const std::string& y_title, bool share);
+// Size on a logarithmic axis against a score; points are joined in the order given. `cloud`: others, small and neither joined
+// nor labelled.
+std::string svg_scatter(const std::vector<ScatterPoint>& points, const std::string& x_title, const std::string& y_title, bool share, const std::vector<ScatterPoint>& cloud = {});
 struct Series {
   std::string label;
   std::vector<std::pair<double, double>> points;
@@ -35,7 +36,12 @@ std::string html_curves(const Json& report);
 std::string html_layers(const Json& report);
 std::string html_budget(const Json& report);
 std::string html_tuning(const Json& report);
+std::string html_rounding(const Json& report);
 std::string html_removed(const Json& report);
+// html_heat.cpp: a column for every layer of the model before the stage; which layers, neurons, heads and single weights are gone,
+// the others in the depth of their importance. `details` of a stage; "" where nothing was removed.
+std::string svg_removed(const Json& details);
+std::string html_search(const Json& report);
 std::string html_classes(const Json& report);
 std::string html_predictions(const Json& report);
 std::string html_lineage(const Json& report);

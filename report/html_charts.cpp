@@ -96,18 +96,19 @@ std::string chart_labels(const std::vector<ScatterPoint>& points, const ChartFra
 
 }  // namespace
 
-std::string svg_scatter(const std::vector<ScatterPoint>& points, const std::string& x_title, const std::string& y_title, bool share) {
+std::string svg_scatter(const std::vector<ScatterPoint>& points, const std::string& x_title, const std::string& y_title, bool share, const std::vector<ScatterPoint>& cloud) {
   if (points.empty()) return {};
   ChartFrame frame;
   frame.log_x = true;
   frame.x_low = frame.x_high = points[0].x;
   frame.y_low = frame.y_high = points[0].y;
-  for (const ScatterPoint& p : points) {
-    frame.x_low = std::min(frame.x_low, p.x);
-    frame.x_high = std::max(frame.x_high, p.x);
-    frame.y_low = std::min(frame.y_low, p.low.value_or(p.y));
-    frame.y_high = std::max(frame.y_high, p.high.value_or(p.y));
-  }
+  for (const auto* list : {&points, &cloud})
+    for (const ScatterPoint& p : *list) {
+      frame.x_low = std::min(frame.x_low, p.x);
+      frame.x_high = std::max(frame.x_high, p.x);
+      frame.y_low = std::min(frame.y_low, p.low.value_or(p.y));
+      frame.y_high = std::max(frame.y_high, p.high.value_or(p.y));
+    }
   frame.x_low /= 1.6;
   frame.x_high *= 1.6;
   const double room = std::max((frame.y_high - frame.y_low) * 0.15, std::max(std::abs(frame.y_high), 1e-9) * 0.004);
@@ -131,6 +132,8 @@ std::string svg_scatter(const std::vector<ScatterPoint>& points, const std::stri
   std::string path;
   for (const ScatterPoint& p : points) path += str(path.empty() ? "M" : " L", chart_n(frame.x(p.x)), " ", chart_n(frame.y(p.y)));
   svg += str("<path d=\"", path, "\" class=\"trail\"/>\n");
+  for (const ScatterPoint& p : cloud)
+    svg += str("<circle cx=\"", chart_n(frame.x(p.x)), "\" cy=\"", chart_n(frame.y(p.y)), "\" r=\"3\" class=\"cloud\"><title>", html_escape(str(p.label, ": ", human_bytes(p.x), ", ", show_number(Unit::small_number, p.y))), "</title></circle>\n");
   for (const ScatterPoint& p : points) {
     const double x = frame.x(p.x);
     svg += str("<g class=\"", p.kind, "\"><title>", html_escape(str(p.label, ": ", human_bytes(p.x), ", ", share ? show_number(Unit::share, p.y) : show_number(Unit::number, p.y))), "</title>\n");

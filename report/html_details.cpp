@@ -7,6 +7,7 @@
 #include "report/budget.h"
 #include "report/html.h"
 #include "report/metrics.h"
+#include "report/rounding.h"
 #include "report/tuning.h"
 #include "report/verdict.h"
 
@@ -126,6 +127,16 @@ std::string html_budget(const Json& report) {
   return details_section("budget", "Byte budget", "Formats that were chosen for a size of the whole file, and what other sizes would give.", body);
 }
 
+std::string html_rounding(const Json& report) {
+  std::string body;
+  for (const RoundingView& view : rounding_views(report)) {
+    body += str("<h3>", html_escape(view.stage), "</h3>");
+    for (const std::string& line : view.lines) body += str("<p>", html_escape(line), "</p>\n");
+    if (!view.rows.empty()) body += details_table(view.header, view.rows);
+  }
+  return details_section("rounding", "Activations, keys and values", "What is rounded beside weights; error is the squared error over the sum of squares on the calibration set.", body);
+}
+
 std::string html_tuning(const Json& report) {
   std::string body;
   for (const TuningView& view : tuning_views(report)) {
@@ -141,8 +152,10 @@ std::string html_tuning(const Json& report) {
 std::string html_removed(const Json& report) {
   std::string body;
   for (const Json& stage : report.at("stages")) {
-    const Json* removed = find_json(stage, {"details", "removed"});
-    if (!removed || !removed->is_object()) continue;
+    const Json* found = find_json(stage, {"details", "removed"});
+    const Json nothing = Json::object();
+    const Json* removed = found && found->is_object() ? found : find_json(stage, {"details", "sparsity", "layers"}) ? &nothing : nullptr;
+    if (!removed) continue;
     std::string rows, vocabulary;
     std::vector<std::string> layers;  // columns, in order of appearance
     std::vector<std::pair<std::string, std::vector<DetailsRemoved>>> kinds;
@@ -176,7 +189,8 @@ std::string html_removed(const Json& report) {
       for (const std::string& layer : layers) head += str("<th>", html_escape(layer), "</th>");
       rows = str("<div class=\"scroll\"><table class=\"heat\"><thead>", head, "</tr></thead><tbody>", rows, "</tbody></table></div>");
     }
-    if (!rows.empty() || !vocabulary.empty()) body += str("<h3>", html_escape(stage.value("name", "")), "</h3>", rows, vocabulary, "\n");
+    const std::string map = svg_removed(*find_json(stage, {"details"}));
+    if (!rows.empty() || !vocabulary.empty() || !map.empty()) body += str("<h3>", html_escape(stage.value("name", "")), "</h3>", map, rows, vocabulary, "\n");
   }
   return details_section("removed", "What was removed", "Share of each layer's units that is gone; the deeper the colour, the more.", body);
 }

@@ -70,6 +70,9 @@ svg .axis{stroke:var(--soft);stroke-width:1}
 svg .grid{stroke:var(--rule);stroke-width:1}
 svg .trail{fill:none;stroke:var(--grey);stroke-width:1.4;stroke-dasharray:3 4;opacity:.7}
 svg .whisker{stroke:currentColor;stroke-width:1.5;opacity:.75}
+svg .cloud{fill:var(--grey);opacity:.45}
+svg .gone{fill:var(--c1)}svg .stays{fill:var(--c0)}svg .slot{fill:var(--rule)}
+.key.gone::before{background:var(--c1)}.key.stays::before{background:var(--c0)}
 svg g circle{fill:currentColor;stroke:var(--card);stroke-width:1.5}
 svg g.teacher{color:var(--grey)}svg g.stage{color:var(--blue)}svg g.artifact{color:var(--accent)}
 svg.chart text.label{fill:var(--ink);paint-order:stroke;stroke:var(--card);stroke-width:5px;stroke-linejoin:round}
