@@ -36,6 +36,8 @@ std::vector<std::vector<std::int64_t>> ternary_windows(const SafetensorsFile& fi
   return out;
 }
 
+constexpr std::int64_t ternary_batch = 4, ternary_length = 128;
+
 // Keys of the stage quantize, as in a recipe; the losses of a row without `objective` are the divergence alone.
 struct TernaryRow {
   const char *name, *options;
@@ -61,7 +63,7 @@ int main(int argc, char** argv) try {
   if (argc < 2) throw Error("no model folder").allowed("ternary_training FOLDER [steps] [learning rate] [part of a row's name ...]");
   set_verbosity(std::getenv("VERBOSE") ? Verbosity::normal : Verbosity::quiet);
   const std::filesystem::path folder = argv[1];
-  const std::int64_t steps = argc > 2 ? std::atoll(argv[2]) : 300;
+  const std::int64_t steps = argc > 2 ? std::atoll(argv[2]) : 200;
   const double rate = argc > 3 ? std::atof(argv[3]) : 2e-3;
   const std::shared_ptr<const Transformer> teacher = load_model(folder);
   const SafetensorsFile tokens = SafetensorsFile::open(folder / "tokens.safetensors");
@@ -75,7 +77,7 @@ int main(int argc, char** argv) try {
   std::vector<std::int64_t> layer_map;
   for (std::int64_t i = 0; i < teacher->config().layers; ++i) layer_map.push_back(i);
 
-  std::printf("%lld steps of 8 x %zu tokens, learning rate %g; %zu windows of training text, %zu held out\n", static_cast<long long>(steps), text.front().size(), rate, text.size(), evaluation.size());
+  std::printf("%lld steps of %lld tokens, learning rate %g; %zu windows of training text, %zu held out\n", static_cast<long long>(steps), static_cast<long long>(ternary_batch * ternary_length), rate, text.size(), evaluation.size());
   std::printf("%-34s %9s %9s %7s %8s\n", "ternary, one scale a row", "KL", "loss", "top1", "seconds");
   for (const TernaryRow& row : ternary_rows) {
     bool wanted = argc <= 4;
@@ -89,7 +91,7 @@ int main(int argc, char** argv) try {
     problems.throw_if_any("the options of a row");
     options.weights = "ternary", options.group = 0, options.embedding = "int8", options.embedding_group = 0;
     for (TrainOptions* train : {&options.train, &options.pretrain}) {
-      train->batch_size = 8, train->sequence_length = static_cast<std::int64_t>(text.front().size()), train->learning_rate = rate;
+      train->batch_size = ternary_batch, train->sequence_length = ternary_length, train->learning_rate = rate;
       train->schedule = "cosine", train->warmup = 0.05, train->beta2 = 0.95, train->precision = "float32", train->save_every_steps = steps;
     }
     options.pretrain.steps = std::max<std::int64_t>(1, static_cast<std::int64_t>(row.pretrain_share * static_cast<double>(steps)));

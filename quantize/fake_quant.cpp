@@ -37,8 +37,9 @@ class FakeQuantization final : public Constraint {
 
   std::string name() const override {
     std::string text = "fake_quantization";
+    if (share_ > 0) text += str(" gradual=", shortest(share_), " ", schedule_.name);
     for (const auto& [tensor, spec] : plan_.tensors) text += str(" ", tensor, "=", spec.grid->name, ":", spec.group);
-    return share_ > 0 ? text + str(" gradual=", shortest(share_), " ", schedule_.name) : text;
+    return text;
   }
 
   void attach(Transformer& model) override {

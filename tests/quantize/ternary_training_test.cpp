@@ -18,6 +18,7 @@
 #include "quantize/tensors.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
+#include "train/calibration.h"
 #include "train/loop.h"
 
 namespace kompakt {
