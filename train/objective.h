@@ -28,6 +28,8 @@ struct SparseTargets {
   std::int64_t vocabulary = 0;   // of the teacher
 };
 
+struct TextAlignment;  // distill/span_alignment.h
+
 // One of the three: logits; hidden states and the head that makes logits of them; the distribution in short.
 struct TeacherTargets {
   at::Tensor logits;                       // [B,C] or [B,T,V] float32
@@ -35,6 +37,7 @@ struct TeacherTargets {
   at::Tensor hidden;                       // [B,T,d] what the head sees: with it tokens x vocabulary need not exist
   at::Tensor head_weight, head_bias;       // [V,d]; [V] or undefined
   SparseTargets sparse;                    // ids [B,T,k] and so on
+  std::shared_ptr<const TextAlignment> alignment;  // set by a teacher of another tokenizer: `hidden` is of its own tokens
 };
 
 // Where teacher outputs come from: a live model or a cache. Same example, same values, whatever the batch.

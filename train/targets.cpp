@@ -14,6 +14,7 @@ std::vector<std::int64_t> next_tokens(const TokenBatch& batch) {
   for (std::int64_t r = 0; r < batch.rows; ++r) {
     const std::int64_t length = batch.lengths.empty() ? batch.columns : batch.lengths[r];
     for (std::int64_t t = 0; t + 1 < length; ++t) {
+      if (!batch.prompts.empty() && t + 1 < batch.prompts[static_cast<std::size_t>(r)]) continue;
       const std::size_t at = static_cast<std::size_t>(r * batch.columns + t);
       if (!batch.documents.empty() && batch.documents[at] != batch.documents[at + 1]) continue;
       targets[at] = batch.ids[at + 1];
