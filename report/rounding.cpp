@@ -32,7 +32,7 @@ std::string rounding_part(const std::string& name) {
 std::string rounding_text(const Json& object) {
   const Json* calibration = find_json(object, {"calibration"});
   const auto tokens = calibration && calibration->is_object() ? number_at(*calibration, "tokens") : std::nullopt;
-  return tokens ? str(" Calibrated on ", show_number(Unit::number, *tokens), " tokens (clip ", object.value("clip", "–"), ").") : std::string();
+  return tokens ? str(" Calibrated on ", show_number(Unit::count, *tokens), " tokens (clip ", object.value("clip", "–"), ").") : std::string();
 }
 
 }  // namespace
@@ -50,8 +50,8 @@ std::vector<RoundingView> rounding_views(const Json& report) {
     };
     if (const Json* row = find_json(stage, {"details", "activations"}); row && row->is_object()) {
       const auto kept = number_at(*row, "kept_in_float").value_or(0);
-      view.lines.push_back(str("Inputs of ", show_number(Unit::number, number_at(*row, "linears").value_or(0)), " linears: ", row->value("format", "–"), ", ", row->value("mode", "–") == "dynamic" ? "a scale per token" : "one static scale each",
-                               row->value("symmetric", true) ? "" : ", with a zero point", kept > 0 ? str("; ", show_number(Unit::number, kept), " stay as they are") : std::string(), ".", rounding_text(*row)));
+      view.lines.push_back(str("Inputs of ", show_number(Unit::count, number_at(*row, "linears").value_or(0)), " linears: ", row->value("format", "–"), ", ", row->value("mode", "–") == "dynamic" ? "a scale per token" : "one static scale each",
+                               row->value("symmetric", true) ? "" : ", with a zero point", kept > 0 ? str("; ", show_number(Unit::count, kept), " stay as they are") : std::string(), ".", rounding_text(*row)));
       if (const Json* inputs = find_json(*row, {"inputs"}); inputs && inputs->is_array())
         for (const Json& input : *inputs)
           if (input.is_object()) group("input of " + rounding_part(input.value("input", "–"))).add(input, "scale", "error");
