@@ -59,13 +59,13 @@ constexpr ObjectiveTableRow objective_rows[] = {
     {"labels + relation", "{objective: [{labels: cross_entropy}, {relation: minilm}]}"},
     {"forward_kl + hidden cosine", "{objective: [{logits: forward_kl}, {hidden: cosine}]}"},
     {"forward_kl, cache 64 + 32", "{objective: [{logits: forward_kl}], cache: {}}"},
-    {"teacher's texts, labels", "{teacher_text: {temperature: 1, max_new_tokens: 224}, objective: [{labels: cross_entropy}]}"},
-    {"teacher's texts, greedy", "{teacher_text: {temperature: 0, max_new_tokens: 224}, objective: [{labels: cross_entropy}]}"},
-    {"on-policy 0.5, forward_kl", "{on_policy: {lambda: 0.5, temperature: 1, max_new_tokens: 224}, objective: [{logits: forward_kl}]}"},
-    {"on-policy 0.5, jsd", "{on_policy: {lambda: 0.5, temperature: 1, max_new_tokens: 224}, objective: [{logits: generalized_jsd, weight: 4}]}"},
-    {"on-policy 0.5, reverse_kl", "{on_policy: {lambda: 0.5, temperature: 1, max_new_tokens: 224}, objective: [{logits: reverse_kl}]}"},
-    {"on-policy 1, reverse_kl", "{on_policy: {lambda: 1, temperature: 1, max_new_tokens: 224}, objective: [{logits: reverse_kl}]}"},
-    {"on-policy 1, reverse_kl + policy", "{on_policy: {lambda: 1, temperature: 1, max_new_tokens: 224}, objective: [{logits: reverse_kl}, {policy: minillm, weight: 0.3}]}"},
+    {"teacher's texts, labels", "{teacher_text: {temperature: 1, max_new_tokens: 96}, objective: [{labels: cross_entropy}]}"},
+    {"teacher's texts, greedy", "{teacher_text: {temperature: 0, max_new_tokens: 96}, objective: [{labels: cross_entropy}]}"},
+    {"on-policy 0.5, forward_kl", "{on_policy: {lambda: 0.5, temperature: 1, max_new_tokens: 96}, objective: [{logits: forward_kl}]}"},
+    {"on-policy 0.5, jsd", "{on_policy: {lambda: 0.5, temperature: 1, max_new_tokens: 96}, objective: [{logits: generalized_jsd, weight: 4}]}"},
+    {"on-policy 0.5, reverse_kl", "{on_policy: {lambda: 0.5, temperature: 1, max_new_tokens: 96}, objective: [{logits: reverse_kl}]}"},
+    {"on-policy 1, reverse_kl", "{on_policy: {lambda: 1, temperature: 1, max_new_tokens: 96}, objective: [{logits: reverse_kl}]}"},
+    {"on-policy 1, reverse_kl + policy", "{on_policy: {lambda: 1, temperature: 1, max_new_tokens: 96}, objective: [{logits: reverse_kl}, {policy: minillm, weight: 0.3}]}"},
 };
 
 // Mean KL(student || teacher) a token on what the student writes after the first 32 tokens of the windows.

@@ -1,0 +1,76 @@
+// Whole runs of text recipes: a student with another tokenizer, texts that the student writes, and the refusal that says what vocabularies share.
+#include "tests/catch_torch.h"
+
+#include <filesystem>
+
+#include "core/files.h"
+#include "core/json.h"
+#include "model/checkpoint.h"
+#include "pipeline/plan.h"
+#include "pipeline/recipe.h"
+#include "pipeline/run.h"
+#include "tests/distill/tokenizers.h"
+#include "tests/support.h"
+#include "tests/tiny_models.h"
+
+using namespace kompakt;
+using namespace kompakt::testing;
+
+namespace {
+
+void write_text_model(const std::filesystem::path& folder, const Tokenizer& tokenizer, std::int64_t layers, std::uint64_t seed) {
+  const Json json = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_size", 16}, {"num_hidden_layers", layers}, {"num_attention_heads", 2}, {"num_key_value_heads", 1},
+                     {"intermediate_size", 24}, {"vocab_size", tokenizer.vocab_size()}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"hidden_act", "silu"}, {"tie_word_embeddings", false}};
+  Transformer model(config_from_json(json, "tiny"), seed);
+  stir(model, seed);
+  make_folder(folder);
+  save_model(model, folder);
+  tokenizer.save(folder);
+}
+
+std::string text_recipe(const std::string& distill) {
+  return "name: text\nseed: 5\nstore: store\nteacher: {path: teacher}\ndata:\n  train: {files: [train.txt], format: text, split: line}\n  test: {files: [test.txt], format: text, max_length: 16}\n"
+         "stages:\n  - distill: " + distill + "\n  - evaluate: {latency: false}\n";
+}
+
+}  // namespace
+
+TEST_CASE("runs of text: a student with another tokenizer, a student that writes, the teacher's texts") {
+  const TemporaryFolder folder;
+  const auto path = [&](const char* name) { return folder.path() / name; };
+  write_text_model(path("teacher"), *word_tokenizer(), 3, 1);
+  write_text_model(path("other"), *other_tokenizer(), 2, 2);
+  std::string train, test;
+  for (int i = 0; i < 12; ++i) train += "the cat sat on the mat and saw the other cat " + std::to_string(i) + "\n", test += "a cat that sat there saw the hat " + std::to_string(i * 7) + "\n";
+  write_text(path("train.txt"), train);
+  write_text(path("test.txt"), test);
+  const std::string steps = "steps: 3, batch_size: 2, sequence_length: 24, precision: float32";
+  const auto run = [&](const std::string& distill, const char* out) {
+    write_text(path("recipe.yaml"), text_recipe(distill));
+    return run_recipe(read_recipe(path("recipe.yaml")), {.out = path(out)});
+  };
+  const std::string crossed = "{student: {model: other}, objective: [{cross_tokenizer: spans}, {labels: cross_entropy}], " + steps + "}";
+  const RunOutcome first = run(crossed, "a");
+  CHECK(first.code == ExitCode::ok);
+  const Json stage = read_json(path("a") / "manifest.json").at("stages").at(0);
+  CHECK(stage.at("details").at("vocabularies").at("shared").get<int>() > 250);
+  CHECK(stage.at("details").at("loss_curve").back().at("parts").contains("aligned_spans"));
+  CHECK(stage.at("layer_map") == Json({0, 2}));
+  CHECK(stage.at("model").at("nulls").at("kl") == "the teacher has another tokenizer");
+  CHECK(load_tokenizer(path("a") / "01-distill")->fingerprint() == other_tokenizer()->fingerprint());
+  CHECK(run(crossed, "a").did_nothing);
+  write_text_model(path("other"), *other_tokenizer(), 2, 3);  // another student: the stage is another
+  CHECK_FALSE(run(crossed, "b").did_nothing);
+
+  // Losses that compare token by token are refused before anything is computed, with the numbers.
+  const std::string message = error_text([&] { run("{student: {model: other}, objective: [{logits: forward_kl}], " + steps + "}", "c"); });
+  CHECK(contains_all(message, {"do not share a vocabulary", "have the same spelling", "chat template none", "cross_tokenizer: spans"}));
+  CHECK_FALSE(std::filesystem::exists(path("c") / "01-distill"));
+  CHECK(contains_all(error_text([&] { run("{on_policy: {max_new_tokens: 60, prompt_tokens: 6}, " + steps + "}", "d"); }), {"context", "at most 64"}));
+
+  const RunOutcome written = run("{student: {keep_layers: [0, 2]}, on_policy: {lambda: 1, max_new_tokens: 5, prompt_tokens: 4}, " + steps + "}", "e");
+  CHECK(written.code == ExitCode::ok);
+  CHECK(contains_all(read_text(path("e") / "metrics.jsonl"), {"\"sampled\"", "generalized_jsd"}));
+  CHECK(run("{student: {keep_layers: [0, 2]}, teacher_text: {max_new_tokens: 5, prompt_tokens: 4}, " + steps + "}", "f").code == ExitCode::ok);
+  CHECK(contains_all(read_text(path("f") / "metrics.jsonl"), {"\"teacher\"", "cross_entropy"}));
+}
