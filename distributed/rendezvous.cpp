@@ -1,6 +1,7 @@
 #include "distributed/rendezvous.h"
 
 #include <c10/util/Exception.h>
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
@@ -45,6 +46,8 @@ std::string store_text(const std::vector<std::uint8_t>& bytes) { return {bytes.b
 }  // namespace
 
 Rendezvous::Rendezvous(const Launch& launch) : launch_(launch), prefix_("kompakt/" + launch.attempt), sights_(static_cast<std::size_t>(launch.world)) {
+  // Torch prints a stack trace on stderr for every try that fails; what is wrong stands in our own errors.
+  if (!std::getenv("TORCH_CPP_LOG_LEVEL")) FLAGS_caffe2_log_level = 3;
   store_ = connect(launch_.rank == 0 && !launch_.hosted);
   meet();
   beat_store_ = connect(false);
