@@ -191,7 +191,7 @@ TEST_CASE("edges of super-blocks: zeros, a single outlier, constants, tiny and h
     check("zeros", at::zeros({2, 256}), 0);
     at::Tensor outlier = at::zeros({2, 256});
     outlier[0][77] = 3.0f, outlier[1][200] = -0.5f;
-    check("one outlier", outlier, 1e-3);
+    check("one outlier", outlier, 2.5e-3);  // IQ4_XS has no zero: the outlier's neighbours become 1/127 of it
     at::Tensor spike = kquant_normal(2, 256, "spike") * 0.01;
     spike[0][3] = 40.0f, spike[1][255] = -40.0f;
     check("an outlier among small ones", spike, 2e-2);
