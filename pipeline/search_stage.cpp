@@ -6,6 +6,7 @@
 #include <chrono>
 #include <optional>
 #include <set>
+#include <stdexcept>
 #include <utility>
 
 #include "core/error.h"
@@ -131,7 +132,8 @@ void plan_search(const Node& node, const PlanInput& input, PlannedModel& model) 
 void run_search(const Node& node, StageRun& run) {
   const auto start = std::chrono::steady_clock::now();
   std::optional<LatencyTable> table;
-  const SearchOptions options = search_options(node, run.recipe, table);
+  SearchOptions options = search_options(node, run.recipe, table);
+  const SearchBudget asked = options.budget;
   refuse_masks(run.context, "a search cuts matrices");
   const std::shared_ptr<Transformer> original = run.current.model;
   const ModelConfig before = original->config();
@@ -156,8 +158,29 @@ void run_search(const Node& node, StageRun& run) {
   };
   BudgetSearch search(*original, options, kept, target, run.context);
   search.measure(search_cache(run, options, kept.size()));
-  std::vector<SearchPoint> points = search.solve(table ? &*table : nullptr);
-  const std::size_t measured = std::min(points.size(), static_cast<std::size_t>(options.measure));
+  // Sizes are predicted from shapes; those of the candidates that are built are known to the byte. One that is too large by a few
+  // bytes makes the room smaller for all.
+  const auto exact_bytes = [&](const SearchPoint& point) {
+    const std::unique_ptr<Transformer> model = search.cut(point.shape);
+    const bool used = point.shape.used_vocabulary && !kept.empty();
+    if (used) restrict_vocabulary(*model, kept);
+    return budget_target(run.recipe, *model, used ? *restricted : *run.current.tokenizer, false).file_bytes(point.plan);
+  };
+  std::vector<SearchPoint> points;
+  std::size_t measured = 0;
+  for (int attempt = 0; attempt < 4; ++attempt) {
+    points = search.solve(table ? &*table : nullptr);
+    measured = std::min(points.size(), static_cast<std::size_t>(options.measure));
+    std::int64_t excess = 0;
+    for (std::size_t i = 0; i < measured; ++i) {
+      points[i].bytes = exact_bytes(points[i]);
+      excess = std::max(excess, points[i].bytes - search_limit(search_config(before, points[i].shape, static_cast<std::int64_t>(kept.size())), asked, table ? &*table : nullptr));
+    }
+    if (excess <= 0) break;
+    if (attempt == 3) throw std::logic_error("search: the file is larger than its prediction again and again");
+    if (options.budget.bytes > 0) options.budget.bytes -= excess;
+    if (options.budget.memory > 0) options.budget.memory -= excess;
+  }
   std::size_t best = 0;
   for (std::size_t i = 0; i < measured; ++i) {
     points[i].measured = search.divergence(points[i]);
@@ -193,7 +216,7 @@ void run_search(const Node& node, StageRun& run) {
   Json& details = *run.context.details;
   search_describe(details, search, options, chosen, before, result->config());
   Json report{{"apply", options.apply}, {"method", options.method}, {"criterion", options.criterion}, {"tokens", search.set().tokens}, {"calibration_sha256", search.set().hash}, {"shapes", points.size()}};
-  for (const auto& [key, value] : {std::pair{"bytes", options.budget.bytes}, std::pair{"memory", options.budget.memory}})
+  for (const auto& [key, value] : {std::pair{"bytes", asked.bytes}, std::pair{"memory", asked.memory}})
     if (value > 0) report["budget"][key] = value;
   for (const auto& [key, value] : {std::pair{"latency_ms", options.budget.latency_ms}, std::pair{"joules", options.budget.joules}})
     if (value > 0) report["budget"][key] = value;

@@ -142,7 +142,7 @@ std::string svg_removed(const Json& details) {
       svg += str("<g><title>", html_escape(str("layer ", layer, ": ", units.title)), "</title><rect x=\"", fixed(x, 1), "\" y=\"", fixed(y, 1), "\" width=\"", fixed(cell, 1), "\" height=\"", fixed(row.height, 1), "\" class=\"slot\"/>");
       for (std::size_t p = 0; p < units.depth.size(); ++p)
         svg += str("<rect x=\"", fixed(x, 1), "\" y=\"", fixed(y + part * static_cast<double>(p), 2), "\" width=\"", fixed(cell, 1), "\" height=\"", fixed(std::max(0.5, part - (units.depth.size() <= 24 && units.depth.size() > 1 ? 1 : 0)), 2), "\" class=\"",
-                   units.gone[p] ? "gone" : "stays", "\" fill-opacity=\"", fixed(units.depth[p], 2), "\"/>");
+                   units.gone[p] ? "gone" : "stays", "\" fill-opacity=\"", fixed(units.gone[p] && units.depth.size() > 1 ? std::max(0.4, units.depth[p]) : units.depth[p], 2), "\"/>");
       svg += "</g>\n";
     }
     y += row.height + 8;

@@ -280,7 +280,7 @@ TEST_CASE("a recipe with a search runs, stays in the budget, and its plan knows"
   CHECK(search.at("chosen").contains("measured_kl"));
   const auto written = [&](const char* name) { return static_cast<std::int64_t>(bytes_on_disk(tiny.out(name) / "artifact") - bytes_on_disk(tiny.out(name) / "artifact" / "lineage.json")); };
   CHECK(written("all") <= limit);
-  CHECK(written("all") == Approx(search.at("chosen").at("bytes").get<double>()).epsilon(0.002));
+  CHECK(written("all") == search.at("chosen").at("bytes").get<std::int64_t>());
   CHECK(contains_all(read_text(tiny.out("all") / "report.html"), {"id=\"search\"", "<svg class=\"chart\""}));
   // Shape alone, formats by the quantize stage behind.
   tiny.write_recipe(stages(std::to_string(limit), "shape", str("  - quantize: {method: rtn, budget: {bytes: ", limit, ", formats: [\"int4_signed:16\", int8]}}\n")));
@@ -305,7 +305,8 @@ TEST_CASE("the plan of a prune stage shows shapes that fit, and refuses one that
   // What is predicted is what is written, tokenizer included, but for the header's text.
   run_recipe(good, {.out = tiny.out("good")});
   const auto written = static_cast<double>(bytes_on_disk(tiny.out("good") / "artifact") - bytes_on_disk(tiny.out("good") / "artifact" / "lineage.json"));
-  CHECK(widths.at("choices").at(1).at("bytes").get<double>() == Approx(written).epsilon(0.002));
+  // Once saved and read again, config.json holds keys that the teacher's did not.
+  CHECK(widths.at("choices").at(1).at("bytes").get<double>() == Approx(written).margin(250));
   const Recipe bad = recipe("0.6");
   CHECK(contains_all(error_text([&] { predict_stages(bad, load_data(bad)); }), {"structured.ffn", "40", "do not divide into groups of 32", "0.5 (32 neurons)"}));
 }
