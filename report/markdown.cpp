@@ -1,6 +1,7 @@
 // report.md: for pull requests and mails. Text from outside is escaped for Markdown and for the HTML inside it.
 #include "core/text.h"
 #include "report/budget.h"
+#include "report/rounding.h"
 #include "report/tuning.h"
 #include "report/gates.h"
 #include "report/metrics.h"
@@ -86,6 +87,12 @@ std::string report_markdown(const Json& report) {
     if (view.candidates.empty()) continue;
     text += str("\n", markdown_row(view.header), "|---|--:|--:|---|\n");
     for (const auto& row : view.candidates) text += markdown_row(row);
+  }
+  for (const RoundingView& view : rounding_views(report)) {
+    text += markdown_list(str("Activations, keys and values of ", view.stage), view.lines);
+    if (view.rows.empty()) continue;
+    text += str("\n", markdown_row(view.header), markdown_rule(view.header.size()));
+    for (const auto& row : view.rows) text += markdown_row(row);
   }
   text += markdown_list("Not measured", not_measured(report));
   text += markdown_list("Warnings", markdown_texts(report.at("warnings")));
