@@ -138,7 +138,7 @@ TEST_CASE("one, two and four processes have the same losses; two have the same b
 TEST_CASE("a killed rank is named, and the job goes on from its saved state on two ranks or on one", "[ranks]") {
   if (!collectives_available()) return skip("built without Gloo");
   TinySetting tiny;
-  write_ranks_recipe(tiny, 30);
+  write_ranks_recipe(tiny, 20);
   const std::vector<Ended> broken = job(tiny, "broken", 2, 1);
   CHECK(broken[1].code == -1);
   CHECK(broken[0].code == 4);
@@ -156,7 +156,7 @@ TEST_CASE("a killed rank is named, and the job goes on from its saved state on t
 TEST_CASE("when rank 0 is killed the others name it", "[ranks]") {
   if (!collectives_available()) return skip("built without Gloo");
   TinySetting tiny;
-  write_ranks_recipe(tiny, 30);
+  write_ranks_recipe(tiny, 20);
   const std::vector<Ended> ended = job(tiny, "a", 2, 0);
   CHECK(ended[0].code == -1);
   CHECK(ended[1].code == 4);
