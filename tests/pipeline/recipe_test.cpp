@@ -66,6 +66,6 @@ TEST_CASE("every stage explains its options and resolves an empty map", "[recipe
     }
     Problems problems;
     row.check(Node::map(), "stage", problems);
-    CHECK(problems.empty());
+    CHECK(problems.empty() == (row.name != "search"));  // a search needs a budget, and there is none that suits everyone
   }
 }
