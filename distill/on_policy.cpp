@@ -194,9 +194,11 @@ class TeacherTextSampler final : public CompletionSampler {
       for (const std::int64_t id : texts[r]) numbers.push_back(std::to_string(id));
       lines += join(numbers, " ") + "\n";
     }
-    std::ofstream out(file_, std::ios::app | std::ios::binary);
-    out << lines << std::flush;
-    if (!out) throw Error("the teacher's texts cannot be written", ExitCode::resource).at(file_.string()).hint("free space or choose another store");
+    if (frame().writes) {
+      std::ofstream out(file_, std::ios::app | std::ios::binary);
+      out << lines << std::flush;
+      if (!out) throw Error("the teacher's texts cannot be written", ExitCode::resource).at(file_.string()).hint("free space or choose another store");
+    }
     const double seconds = std::max(1e-9, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     log_metric("sampled", {{"stage", frame().title}, {"by", "teacher"}, {"tokens", tokens}, {"tokens_per_second", static_cast<double>(tokens) / seconds}, {"mean_length", static_cast<double>(tokens) / static_cast<double>(texts.size())}});
   }
@@ -206,7 +208,7 @@ class TeacherTextSampler final : public CompletionSampler {
     if (!std::filesystem::exists(file_)) return;
     const std::string all = read_text(file_);
     const std::size_t whole = all.rfind('\n') == std::string::npos ? 0 : all.rfind('\n') + 1;
-    if (whole < all.size()) std::filesystem::resize_file(file_, whole);
+    if (whole < all.size() && frame().writes) std::filesystem::resize_file(file_, whole);
     for (std::size_t at = 0; at < whole;) {
       const std::size_t end = all.find('\n', at);
       Tokens numbers;

@@ -38,6 +38,7 @@ struct SamplerFrame {
   std::int64_t sequence_length = 0;
   std::uint64_t seed = 0;
   std::string title;  // of the stage, for metrics
+  bool writes = true;  // false: another rank of the job keeps the files
 };
 // One decision a step, with probability lambda: then every row is a prompt from the data and what the student, with the weights of that
 // step, writes after it. Draws are a function of (seed, step, row). Writes a metric "sampled" for each such step.

@@ -55,6 +55,7 @@ class GlooCollective final : public Collective {
     // A destructor would wait for operations that never end.
     host_.release();
     device_.release();
+    rendezvous_.release();  // nor for its thread, which may hang in the store
   }
 
   std::unique_ptr<Pending> all_reduce(const at::Tensor& tensor) override {
@@ -131,8 +132,15 @@ class GlooCollective final : public Collective {
       try {
         work->wait(watch_pause);
         return;
-      } catch (const std::exception& error) {
-        if (work->isCompleted()) rendezvous_->lost(error.what());
+      } catch (const std::exception&) {
+        if (work->isCompleted()) {  // it has ended, well or badly, since the wait ran out: a second one tells which
+          try {
+            work->wait();
+            return;
+          } catch (const std::exception& error) {
+            rendezvous_->lost(error.what());
+          }
+        }
       }
       rendezvous_->check();  // the wait ran out and the operation goes on
     }

@@ -28,7 +28,7 @@ inline Bytes load(const void* in) {
 
 inline void store(const Bytes& v, void* out) { std::memcpy(out, &v, sizeof v); }
 
-// Least and largest value; a NaN is passed over. `count` is a multiple of 4.
+// Least and largest value of numbers. `count` is a multiple of 4.
 inline void extremes(const float* in, int count, float& least, float& largest) {
   Floats low = load(in), high = low;
   for (int i = 4; i < count; i += 4) {

@@ -103,6 +103,7 @@ void check_search(const SearchOptions& options, const std::string& place, Proble
   if ((b.latency_ms > 0 || b.joules > 0) == b.latency_table.empty())
     problems.add(Error(b.latency_table.empty() ? "times and energies are read from a latency table" : "the latency table would not be used").at(place).given(b.latency_table.empty() ? "no latency_table" : b.latency_table)
                      .hint(b.latency_table.empty() ? "make one with kompakt doctor --latency-table FILE --model DIR" : "add latency_ms or joules, or leave latency_table out"));
+  if (b.memory == 0 && b.context != SearchBudget().context) problems.add(Error("budget.context counts for budget.memory alone").at(place).given(str(b.context)).hint("add memory, or leave context out"));
   for (const std::string& name : options.vocabulary)
     if (name != "all" && name != "used") problems.add(Error("unknown vocabulary").at(place).given(name).allowed("all, used"));
   if (options.vocabulary.empty()) problems.add(Error("no vocabulary to try").at(place).allowed("all, used"));

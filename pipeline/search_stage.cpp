@@ -12,8 +12,11 @@
 #include "core/error.h"
 #include "core/hash.h"
 #include "core/log.h"
+#include "core/system.h"
 #include "core/text.h"
 #include "model/checkpoint.h"
+#include "model/parallel.h"
+#include "model/rounding.h"
 #include "pipeline/budget_target.h"
 #include "pipeline/recipe.h"
 #include "pipeline/search.h"
@@ -32,6 +35,8 @@ SearchOptions search_options(const Node& node, const Recipe& recipe, std::option
   check_search(options, node.place.text(), problems);
   problems.throw_if_any("the stage's options are not valid");
   if (!options.budget.latency_table.empty()) table = read_latency_table(recipe.path_of(options.budget.latency_table));
+  if (table && options.budget.joules > 0 && !table->watts)
+    throw Error("the latency table has no power, so energy cannot be told").at("search.budget.joules").given(options.budget.latency_table).hint("write \"watts\" into the table, or give latency_ms instead of joules");
   return options;
 }
 
@@ -90,6 +95,7 @@ void search_describe(Json& details, const BudgetSearch& search, const SearchOpti
 }  // namespace
 
 void plan_search(const Node& node, const PlanInput& input, PlannedModel& model) {
+  set_rounding(model.config, RuntimeRounding());  // weights change, and with them what is rounded how
   std::optional<LatencyTable> table;
   const SearchOptions options = search_options(node, input.recipe, table);
   const std::vector<SearchShape> shapes = search_shapes(model.config, options);
@@ -135,6 +141,9 @@ void run_search(const Node& node, StageRun& run) {
   SearchOptions options = search_options(node, run.recipe, table);
   const SearchBudget asked = options.budget;
   refuse_masks(run.context, "a search cuts matrices");
+  set_rounding(*run.current.model, RuntimeRounding());
+  if (table && (table->processor != processor_name() || table->threads != at::get_num_threads()))
+    log_warning(str(run.context.title, ": the latency table is of ", table->threads, " threads of ", table->processor, ", not of this machine"));
   const std::shared_ptr<Transformer> original = run.current.model;
   const ModelConfig before = original->config();
   std::vector<std::int64_t> kept;
@@ -177,7 +186,15 @@ void run_search(const Node& node, StageRun& run) {
       excess = std::max(excess, points[i].bytes - search_limit(search_config(before, points[i].shape, static_cast<std::int64_t>(kept.size())), asked, table ? &*table : nullptr));
     }
     if (excess <= 0) break;
-    if (attempt == 3) throw std::logic_error("search: the file is larger than its prediction again and again");
+    if (attempt == 3) {  // every round may bring forward others that are larger than predicted: those that fit remain
+      std::vector<SearchPoint> fit;
+      for (std::size_t i = 0; i < measured; ++i)
+        if (points[i].bytes <= search_limit(search_config(before, points[i].shape, static_cast<std::int64_t>(kept.size())), asked, table ? &*table : nullptr)) fit.push_back(points[i]);
+      if (fit.empty()) throw Error("no candidate of the search fits the budget once it is built").at("search.budget").hint("raise the budget a little");
+      points = std::move(fit);
+      measured = points.size();
+      break;
+    }
     if (options.budget.bytes > 0) options.budget.bytes -= excess;
     if (options.budget.memory > 0) options.budget.memory -= excess;
   }

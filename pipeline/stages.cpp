@@ -13,6 +13,7 @@
 #include "distill/cross_tokenizer.h"
 #include "distill/stage.h"
 #include "distill/vocabularies.h"
+#include "distributed/collective.h"
 #include "export/exporters.h"
 #include "model/checkpoint.h"
 #include "model/rounding.h"
@@ -210,7 +211,7 @@ void run_distill(const Node& node, StageRun& run) {
   if (source) run.context.teacher = source.get();
   std::unique_ptr<BatchSampler> writer;
   if (options.has_teacher_text) {
-    writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title});
+    writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title, !run.context.ranks || run.context.ranks->leader()});
     run.context.sampler = writer.get();
   }
   distill(*run.current.model, options, run.context);
@@ -257,6 +258,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   check_grid_training(options, input.recipe.is_classification(), node.place.text(), problems);
   problems.throw_if_any("the stage's options are not valid");
   model.budget_bytes = 0;
+  if (options.subln && model.config.sub_norms) throw Error("the model has sub-norms already").at(node.place.text()).given("subln: true").hint("leave subln out: those of the earlier stage stay");
   if (options.subln) model.config.sub_norms = true;
   const auto add_trainings = [&] {
     if (options.method == "qad") {
@@ -285,24 +287,12 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   model.bytes = float_bytes(model.config);
 }
 
-// Tensors without a grid as half precision: what is evaluated is what the artifact will hold.
-void round_others_to_half(Transformer& model, const QuantizedModel& quantized) {
-  for (const NamedParameter& parameter : model.parameters()) {
-    const std::string owner = ends_with(parameter.name, ".weight") ? parameter.name.substr(0, parameter.name.size() - 7) : parameter.name;
-    if (quantized.tensors.count(owner)) continue;
-    const at::Tensor rounded = parameter.value->detach().to(at::kHalf).to(at::kFloat);
-    if (!at::isfinite(rounded).all().item<bool>()) throw Error(str("tensor \"", parameter.name, "\" does not fit into half precision")).at("stage \"quantize\"").hint("set others: f32");
-    *parameter.value = rounded;
-  }
-}
-
 void run_quantize(const Node& node, StageRun& run) {
   set_rounding(*run.current.model, RuntimeRounding());
   const auto options = read_stage<QuantizeOptions>(node);
   const auto objectives = options.method == "qad" || options.tunes_model() ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{};
   const QuantizedModel result = options.has_budget ? quantize_within_budget(*run.current.model, options, objectives, run.context, budget_target(run.recipe, *run.current.model, *run.current.tokenizer, options.others == "f16"))
                                                    : quantize(*run.current.model, options, objectives, run.context);
-  if (options.others == "f16") round_others_to_half(*run.current.model, result);
   run.current.quantized.clear();
   for (const auto& [name, values] : result.tensors) run.current.quantized[name] = {result.plan.tensors.at(name), values};
 }

@@ -220,6 +220,7 @@ void check_schedule(const PruneOptions& options) {
   if (options.unstructured.criterion != "magnitude" || options.unstructured.refit != "none") refuse("weights that go during training are chosen by their magnitude", str("criterion ", options.unstructured.criterion, ", refit ", options.unstructured.refit), "write criterion: magnitude, refit: none");
   if (options.schedule.begin >= options.schedule.end) refuse("the sparsity would have no time to grow", str("begin ", shortest(options.schedule.begin), ", end ", shortest(options.schedule.end)), "choose begin below end");
   if (options.schedule.initial >= options.unstructured.sparsity) refuse("the sparsity would not grow", str("initial ", shortest(options.schedule.initial), " of ", shortest(options.unstructured.sparsity)), "choose an initial sparsity below unstructured.sparsity");
+  if (options.recover.find_learning_rate) refuse("the sweep would choose the weights that go", "recover.find_learning_rate", "leave it out");
   if (options.recover.stop_after > 0 || options.recover.keep == "best") refuse("a training that ends early, or goes back to an earlier state, would not have the whole sparsity", options.recover.stop_after > 0 ? "recover.stop_after" : "recover.keep: best", "leave it out");
 }
 

@@ -233,6 +233,8 @@ void fields(FieldVisitor& visitor, KvCacheOptions& options) {
 }
 
 void check_activations(const ModelConfig& config, const QuantizeOptions& options, Problems& problems) {
+  if (options.has_budget && (options.has_activations || options.has_kv_cache))
+    problems.add(Error("a budget does not count the scales of rounded activations, keys and values").at("quantize.budget").given(options.has_activations ? "activations" : "kv_cache").hint("choose the grids by weights and embedding instead of a budget, or leave activations and kv_cache out"));
   if (options.has_activations) {
     const ActivationOptions& a = options.activations;
     const RoundingFormat* format = find_rounding_format(a.format);

@@ -13,6 +13,7 @@
 #include "core/log.h"
 #include "core/text.h"
 #include "model/families.h"
+#include "quantize/activation_rounding.h"
 #include "quantize/budget_probe.h"
 #include "quantize/knapsack.h"
 #include "quantize/methods.h"
@@ -267,9 +268,16 @@ BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& optio
   Problems problems;
   check_budget(options, "quantize.budget", problems);
   check_tuning(config, options, problems);
+  check_activations(config, options, problems);
   std::vector<GridSpec> specs;
   for (const std::string& text : b.formats.empty() ? target.formats : b.formats)
     if (const auto spec = budget_format(text, problems)) specs.push_back(*spec);
+  if (options.tunes_model() || options.tunes_blocks()) {
+    const auto is_kquant = [](const GridSpec& spec) { return spec.grid->kquant != nullptr; };
+    if (!b.formats.empty() && std::any_of(specs.begin(), specs.end(), is_kquant))
+      problems.add(Error("tuning cannot move the tied scales of super-blocks").at("quantize.budget.formats").hint("leave tune and block_tune out, or the formats *_k and iq4_xs"));
+    std::erase_if(specs, is_kquant);
+  }
   problems.throw_if_any("the budget cannot be planned");
   BudgetFrame frame;
   for (const std::string& size : b.pareto) frame.pareto.push_back(budget_size(size, problems));

@@ -118,7 +118,9 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
               if (grid.kquant) {
                 // All scales of the super-block, as the loss of the sweep weighs its columns.
                 for (std::int64_t i = 0; i < n; ++i) weights[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = static_cast<float>(1 / (diag[j + i] * diag[j + i]));
-                if (!(grid.kquant->fit(values.data(), weights.data(), scales + at, offsets ? offsets + at : nullptr) < grid::largest_half)) throw not_finite();
+                const float needed = grid.kquant->fit(values.data(), weights.data(), scales + at, offsets ? offsets + at : nullptr);
+                if (std::isnan(needed)) throw not_finite();
+                if (!(needed < grid::largest_half)) throw Error(str("row ", r, " needs a scale of ", needed, ", more than half precision holds")).hint("keep this tensor in float (keep_float), or raise damping");
               } else {
                 if (!scratch.load(values.data(), nullptr, n)) throw not_finite();
                 s = grid.fit(scratch);

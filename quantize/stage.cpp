@@ -72,6 +72,7 @@ class QuantizeRun {
       round_while_training(model_, options_, result_.plan.tensors);
       tune_model(original, objectives);
     }
+    if (options_.others == "f16") round_others_to_half();
     round_activations(model_, options_, result_.plan.tensors, context_);
     if (options_.layer_table) log_info(layer_table(layers_));
     describe();
@@ -79,6 +80,17 @@ class QuantizeRun {
   }
 
  private:
+  // Tensors without a grid as half precision: what is evaluated is what the artifact will hold.
+  void round_others_to_half() {
+    for (const NamedParameter& parameter : model_.parameters()) {
+      const std::string owner = ends_with(parameter.name, ".weight") ? parameter.name.substr(0, parameter.name.size() - 7) : parameter.name;
+      if (result_.tensors.count(owner)) continue;
+      const at::Tensor rounded = parameter.value->detach().to(at::kHalf).to(at::kFloat);
+      if (!at::isfinite(rounded).all().item<bool>()) throw Error(str("tensor \"", parameter.name, "\" does not fit into half precision")).at(context_.title).hint("set others: f32");
+      *parameter.value = rounded;
+    }
+  }
+
   void train_on_grid(const std::vector<std::shared_ptr<Objective>>& objectives) {
     if (objectives.empty()) throw Error("method qad trains, and no loss is given").at(context_.title).hint("give quantize.objective a list of losses as in distill");
     GradualOptions gradual{options_.gradual, options_.gradual_schedule};
