@@ -13,31 +13,17 @@
 #include <string>
 #include <vector>
 
+#include "benchmarks/story_model.h"
 #include "core/error.h"
 #include "core/log.h"
 #include "core/text.h"
 #include "distill/stage.h"
-#include "evaluate/language.h"
-#include "formats/safetensors.h"
-#include "model/checkpoint.h"
 #include "model/generate.h"
 #include "train/teacher.h"
 
 using namespace kompakt;
 
 namespace {
-
-using Windows = std::vector<std::vector<std::int64_t>>;
-
-Windows objective_windows(const SafetensorsFile& file, const char* name) {
-  const at::Tensor rows = as_tensor(*file.find(name)).to(at::kLong);
-  Windows out;
-  for (std::int64_t r = 0; r < rows.size(0); ++r) {
-    const at::Tensor row = rows[r].contiguous();
-    out.emplace_back(row.const_data_ptr<std::int64_t>(), row.const_data_ptr<std::int64_t>() + row.numel());
-  }
-  return out;
-}
 
 struct ObjectiveTableRow {
   const char *name, *options;  // keys of the stage distill
@@ -52,7 +38,7 @@ constexpr ObjectiveTableRow objective_rows[] = {
     {"adaptive_kl", "{objective: [{logits: adaptive_kl}]}"},
     {"total_variation", "{objective: [{logits: total_variation}]}"},
     {"logits_mse", "{objective: [{logits: logits_mse}]}"},
-    {"ranking_hinge", "{objective: [{logits: ranking_hinge}]}"},
+    {"ranking", "{objective: [{logits: ranking}]}"},
     {"forward_kl + labels", "{objective: [{logits: forward_kl}, {labels: cross_entropy, weight: 0.5}]}"},
     {"labels + hidden cosine", "{objective: [{labels: cross_entropy}, {hidden: cosine}]}"},
     {"labels + hidden mse", "{objective: [{labels: cross_entropy}, {hidden: mse, normalize: true}]}"},
@@ -98,7 +84,7 @@ int main(int argc, char** argv) try {
   const double rate = argc > 3 ? std::atof(argv[3]) : 2e-3;
   const std::shared_ptr<Transformer> teacher = load_model(folder);
   const SafetensorsFile tokens = SafetensorsFile::open(folder / "tokens.safetensors");
-  const Windows text = objective_windows(tokens, "calibration"), evaluation = objective_windows(tokens, "evaluation");
+  const Windows text = story_windows(tokens, "calibration"), evaluation = story_windows(tokens, "evaluation");
   TaskData data;
   data.kind = TaskData::Kind::text;
   data.train_documents.emplace_back();  // one document: the rows of the loop are exactly the windows
@@ -112,20 +98,14 @@ int main(int argc, char** argv) try {
               static_cast<long long>(steps), static_cast<long long>(sequence), rate, text.size(), evaluation.size());
   std::printf("%-34s %9s %9s %7s %9s %8s\n", "objective", "loss", "KL", "top1", "own KL", "seconds");
   const auto report = [&](const char* name, const Transformer& model, double seconds) {
-    const LanguageScores scores = score_language(model, teacher.get(), evaluation);
-    double kl = 0, same = 0;
-    for (const float value : scores.kl) kl += value;
-    for (const unsigned char value : scores.same_top1) same += value;
-    const auto count = static_cast<double>(scores.kl.size());
-    std::printf("%-34s %9.4f %9.4f %7.4f %9.4f %8.1f\n", name, scores.mean_nll(), kl / count, same / count, objective_own_texts(model, *teacher, evaluation), seconds);
+    const StoryScore score = story_score(model, *teacher, evaluation);
+    std::printf("%-34s %9.4f %9.4f %7.4f %9.4f %8.1f\n", name, score.loss, score.kl, score.same_top1, objective_own_texts(model, *teacher, evaluation), seconds);
     std::fflush(stdout);
   };
   report("(the teacher)", *teacher, 0);
   report("(not trained)", *make_student(*teacher, half), 0);
   for (const ObjectiveTableRow& row : objective_rows) {
-    bool wanted = argc <= 4;
-    for (int i = 4; i < argc; ++i) wanted = wanted || std::string(row.name).find(argv[i]) != std::string::npos;
-    if (!wanted) continue;
+    if (!row_wanted(row.name, argc, argv, 4)) continue;
     DistillOptions options;
     Problems problems;
     read_fields(parse_yaml(row.options, row.name), row.name, problems, [&](FieldVisitor& v) { fields(v, options); });
@@ -137,8 +117,7 @@ int main(int argc, char** argv) try {
     train.schedule = "cosine", train.warmup = 0.05, train.beta2 = 0.95, train.precision = "float32", train.save_every_steps = steps;
     StageContext context;
     context.title = "objectives", context.seed = 1, context.data = &data;
-    context.work = std::filesystem::temp_directory_path() / str("kompakt-objectives-", static_cast<long>(std::chrono::steady_clock::now().time_since_epoch().count()));
-    std::filesystem::create_directories(context.work);
+    context.work = row_folder("objectives");
     const auto source = options.has_cache ? sparse_teacher(teacher, data, sequence, options.cache, context.work) : live_teacher(teacher);
     context.teacher = source.get();
     std::unique_ptr<BatchSampler> writer;

@@ -12,29 +12,17 @@
 #include <string>
 #include <vector>
 
+#include "benchmarks/story_model.h"
 #include "core/error.h"
 #include "core/log.h"
 #include "core/text.h"
 #include "distill/stage.h"
-#include "evaluate/language.h"
-#include "formats/safetensors.h"
-#include "model/checkpoint.h"
 #include "quantize/stage.h"
 #include "train/teacher.h"
 
 using namespace kompakt;
 
 namespace {
-
-std::vector<std::vector<std::int64_t>> ternary_windows(const SafetensorsFile& file, const char* name) {
-  const at::Tensor rows = as_tensor(*file.find(name)).to(at::kLong);
-  std::vector<std::vector<std::int64_t>> out;
-  for (std::int64_t r = 0; r < rows.size(0); ++r) {
-    const at::Tensor row = rows[r].contiguous();
-    out.emplace_back(row.const_data_ptr<std::int64_t>(), row.const_data_ptr<std::int64_t>() + row.numel());
-  }
-  return out;
-}
 
 constexpr std::int64_t ternary_batch = 4, ternary_length = 128;
 
@@ -67,7 +55,7 @@ int main(int argc, char** argv) try {
   const double rate = argc > 3 ? std::atof(argv[3]) : 2e-3;
   const std::shared_ptr<const Transformer> teacher = load_model(folder);
   const SafetensorsFile tokens = SafetensorsFile::open(folder / "tokens.safetensors");
-  const auto text = ternary_windows(tokens, "calibration"), evaluation = ternary_windows(tokens, "evaluation");
+  const auto text = story_windows(tokens, "calibration"), evaluation = story_windows(tokens, "evaluation");
   TaskData data;
   data.kind = TaskData::Kind::text;
   data.train_documents.emplace_back();  // one document: the rows of the loop are exactly the windows
@@ -80,9 +68,7 @@ int main(int argc, char** argv) try {
   std::printf("%lld steps of %lld tokens, learning rate %g; %zu windows of training text, %zu held out\n", static_cast<long long>(steps), static_cast<long long>(ternary_batch * ternary_length), rate, text.size(), evaluation.size());
   std::printf("%-34s %9s %9s %7s %8s\n", "ternary, one scale a row", "KL", "loss", "top1", "seconds");
   for (const TernaryRow& row : ternary_rows) {
-    bool wanted = argc <= 4;
-    for (int i = 4; i < argc; ++i) wanted = wanted || std::string(row.name).find(argv[i]) != std::string::npos;
-    if (!wanted) continue;
+    if (!row_wanted(row.name, argc, argv, 4)) continue;
     QuantizeOptions options;
     Problems problems;
     read_fields(parse_yaml(row.options, row.name), row.name, problems, [&](FieldVisitor& v) { fields(v, options); });
@@ -98,20 +84,15 @@ int main(int argc, char** argv) try {
     options.train.steps = row.pretrain_share > 0 ? steps - options.pretrain.steps : steps;
     StageContext context;
     context.title = "ternary", context.seed = 1, context.data = &data, context.teacher = source.get();
-    context.work = std::filesystem::temp_directory_path() / str("kompakt-ternary-", static_cast<long>(std::chrono::steady_clock::now().time_since_epoch().count()));
-    std::filesystem::create_directories(context.work);
+    context.work = row_folder("ternary");
     const auto model = teacher->clone();
     if (row.ones) model->add_sub_norms();
     const auto start = std::chrono::steady_clock::now();
     quantize(*model, options, objectives, context);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     std::filesystem::remove_all(context.work);
-    const LanguageScores scores = score_language(*model, teacher.get(), evaluation);
-    double kl = 0, same = 0;
-    for (const float value : scores.kl) kl += value;
-    for (const unsigned char value : scores.same_top1) same += value;
-    const auto count = static_cast<double>(scores.kl.size());
-    std::printf("%-34s %9.4f %9.4f %7.4f %8.1f\n", row.name, kl / count, scores.mean_nll(), same / count, seconds);
+    const StoryScore score = story_score(*model, *teacher, evaluation);
+    std::printf("%-34s %9.4f %9.4f %7.4f %8.1f\n", row.name, score.kl, score.loss, score.same_top1, seconds);
     std::fflush(stdout);
   }
 } catch (const Error& error) {

@@ -12,29 +12,17 @@
 #include <string>
 #include <vector>
 
+#include "benchmarks/story_model.h"
 #include "core/error.h"
 #include "core/log.h"
 #include "core/text.h"
 #include "distill/stage.h"
-#include "evaluate/language.h"
-#include "formats/safetensors.h"
-#include "model/checkpoint.h"
 #include "quantize/stage.h"
 #include "train/teacher.h"
 
 using namespace kompakt;
 
 namespace {
-
-std::vector<std::vector<std::int64_t>> ladder_windows(const SafetensorsFile& file, const char* name) {
-  const at::Tensor rows = as_tensor(*file.find(name)).to(at::kLong);
-  std::vector<std::vector<std::int64_t>> out;
-  for (std::int64_t r = 0; r < rows.size(0); ++r) {
-    const at::Tensor row = rows[r].contiguous();
-    out.emplace_back(row.const_data_ptr<std::int64_t>(), row.const_data_ptr<std::int64_t>() + row.numel());
-  }
-  return out;
-}
 
 struct Rung {
   const char* name;
@@ -64,9 +52,9 @@ int main(int argc, char** argv) try {
   const SafetensorsFile tokens = SafetensorsFile::open(folder / "tokens.safetensors");
   TaskData data;
   data.kind = TaskData::Kind::text;
-  data.calibration = ladder_windows(tokens, "calibration");
+  data.calibration = story_windows(tokens, "calibration");
   data.hash = "ladder";
-  const auto evaluation = ladder_windows(tokens, "evaluation");
+  const auto evaluation = story_windows(tokens, "evaluation");
   const auto source = live_teacher(teacher);
   Problems problems;
   const auto objectives = build_objectives(default_objective(false), {}, problems, objective_shapes(*teacher, teacher->config(), 1));
@@ -87,9 +75,7 @@ int main(int argc, char** argv) try {
   std::printf("%-30s %9s %7s %9s %7s %8s  %s\n", "rung", "KL", "ratio", "bar", "top1", "seconds", "kept");
   double before = 0;
   for (const Rung& rung : rungs) {
-    bool wanted = argc <= 4;
-    for (int i = 4; i < argc; ++i) wanted = wanted || std::string(rung.name).find(argv[i]) != std::string::npos;
-    if (!wanted) continue;
+    if (!row_wanted(rung.name, argc, argv, 4)) continue;
     QuantizeOptions options;
     options.weights = argc > 2 ? argv[2] : "ternary", options.group = argc > 3 ? std::atoll(argv[3]) : 64;
     options.embedding = "none";
@@ -102,18 +88,13 @@ int main(int argc, char** argv) try {
     Json details = Json::object();
     StageContext context;
     context.title = "ladder", context.seed = 1, context.data = &data, context.teacher = source.get(), context.details = &details;
-    context.work = std::filesystem::temp_directory_path() / str("kompakt-ladder-", static_cast<long>(std::chrono::steady_clock::now().time_since_epoch().count()));
-    std::filesystem::create_directories(context.work);
+    context.work = row_folder("ladder");
     const auto model = teacher->clone();
     const auto start = std::chrono::steady_clock::now();
     quantize(*model, options, objectives, context);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     std::filesystem::remove_all(context.work);
-    const LanguageScores scores = score_language(*model, teacher.get(), evaluation);
-    double kl = 0, same = 0;
-    for (const float value : scores.kl) kl += value;
-    for (const unsigned char value : scores.same_top1) same += value;
-    kl /= static_cast<double>(scores.kl.size()), same /= static_cast<double>(scores.kl.size());
+    const auto [kl, same, loss] = story_score(*model, *teacher, evaluation);
     const Json& tuning = details.contains("tuning") ? details.at("tuning") : Json();
     std::printf("%-30s %9.4f %7.3f %9s %7.4f %8.1f  %s\n", rung.name, kl, before > 0 ? kl / before : 1.0, rung.bar > 0 ? ("<= " + fixed(rung.bar, 2)).c_str() : "", same, seconds,
                 tuning.is_null() ? "" : str(tuning.at("winner").get<std::string>(), ", held out ", fixed(tuning.at("untuned_heldout_kl").get<double>(), 4), " -> ", fixed(tuning.at("heldout_kl").get<double>(), 4)).c_str());

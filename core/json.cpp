@@ -162,18 +162,6 @@ std::vector<std::int64_t> json_get<std::vector<std::int64_t>>(const Json& object
 }
 
 template <>
-std::vector<double> json_get<std::vector<double>>(const Json& object, const std::string& key, const std::string& place) {
-  const Json& value = member(object, key, place);
-  if (!value.is_array()) throw wrong_type(value, key, place, "a list of numbers");
-  std::vector<double> out;
-  for (const Json& item : value) {
-    if (!item.is_number()) throw wrong_type(value, key, place, "a list of numbers");
-    out.push_back(item.get<double>());
-  }
-  return out;
-}
-
-template <>
 std::vector<std::string> json_get<std::vector<std::string>>(const Json& object, const std::string& key, const std::string& place) {
   const Json& value = member(object, key, place);
   if (!value.is_array()) throw wrong_type(value, key, place, "a list of texts");

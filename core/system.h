@@ -20,7 +20,7 @@ std::string executable_path();
 // SIGINT and SIGTERM set a flag; a long job asks at safe points, saves and leaves by check_interrupted().
 void install_signal_handlers();
 bool interrupted();
-void request_interrupt(int signal);  // for tests
+void request_interrupt(int signal);  // as if it had come: from another rank, and in tests
 // Throws Error with exit code 130 or 143 and a hint to use --resume, when a signal has come.
 void check_interrupted();
 

@@ -1,31 +1,21 @@
 // Token texts of the vocabulary file back to bytes.
 #include "data/token_bytes.h"
 
+#include <algorithm>
+
 #include "core/error.h"
 #include "core/text.h"
 #include "data/byte_level.h"
-#include "data/unicode.h"
 
 namespace kompakt {
 namespace {
 
-// One code point of valid UTF-8.
-char32_t token_code_point(std::string_view text, std::size_t at, std::size_t length) {
-  const auto byte = [&](std::size_t i) { return static_cast<char32_t>(static_cast<unsigned char>(text[at + i])); };
-  if (length == 1) return byte(0);
-  char32_t out = byte(0) & (0xFFu >> (length + 1));
-  for (std::size_t i = 1; i < length; ++i) out = (out << 6) | (byte(i) & 0x3Fu);
-  return out;
-}
-
 std::string token_from_byte_level(std::string_view text) {
   std::string out;
   for (std::size_t at = 0; at < text.size();) {
-    const std::size_t length = std::min(utf8_length(text[at]), text.size() - at);
-    const int value = byte_level_value(token_code_point(text, at, length));
-    if (value >= 0) out += static_cast<char>(value);
-    else out += text.substr(at, length);  // of an added token
-    at += length;
+    const int value = byte_level_value(next_code_point(text, at));
+    if (value < 0) return std::string(text);  // an added token with a character outside the table stands for itself
+    out += static_cast<char>(value);
   }
   return out;
 }
@@ -35,10 +25,7 @@ int token_hex(char c) { return c >= '0' && c <= '9' ? c - '0' : c >= 'A' && c <=
 std::string token_from_pieces(std::string_view text, bool byte_fallback) {
   if (byte_fallback && text.size() == 6 && text.substr(0, 3) == "<0x" && text[5] == '>' && token_hex(text[3]) >= 0 && token_hex(text[4]) >= 0)
     return std::string(1, static_cast<char>(token_hex(text[3]) * 16 + token_hex(text[4])));
-  std::string out(text);
-  constexpr std::string_view space = "\xE2\x96\x81";
-  for (std::size_t at = out.find(space); at != std::string::npos; at = out.find(space, at + 1)) out.replace(at, space.size(), " ");
-  return out;
+  return replace_all(std::string(text), "\xE2\x96\x81", " ");
 }
 
 }  // namespace

@@ -110,7 +110,7 @@ Divergence universal_logit_distance(const Tensor& student, const Tensor& teacher
   auto [q_sorted, order] = at::sort(q, /*stable=*/true, -1, /*descending=*/true);
   Tensor p_sorted = std::get<0>(at::sort(p, /*stable=*/true, -1, /*descending=*/true));
   const std::int64_t more = q.size(1) - p.size(1), common = std::min(q.size(1), p.size(1));
-  Tensor difference = q_sorted.clone();
+  Tensor difference = q_sorted;  // not needed sorted any more
   difference.narrow(1, 0, common).sub_(p_sorted.narrow(1, 0, common));
   Divergence out{difference.abs().sum(1), {}};
   if (more < 0) out.value = out.value + p_sorted.narrow(1, common, -more).sum(1);

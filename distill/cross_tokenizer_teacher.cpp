@@ -8,6 +8,7 @@
 #include "core/hash.h"
 #include "core/text.h"
 #include "data/token_bytes.h"
+#include "data/unicode.h"
 #include "distill/cross_tokenizer.h"
 
 namespace kompakt {
@@ -21,8 +22,7 @@ std::size_t cross_whole_characters(std::string_view text) {
   while (start > 0 && text.size() - start < 4) {
     --start;
     if (cross_continues(text[start])) continue;
-    const auto first = static_cast<unsigned char>(text[start]);
-    const std::size_t length = first < 0x80 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+    const std::size_t length = utf8_length(text[start]);
     return start + length > text.size() ? start : text.size();
   }
   return text.size();

@@ -127,8 +127,8 @@ LogitMeans fused_apply(const FusedCall& call, const Tensor& hidden, const Tensor
 
 }  // namespace
 
-LogitMeans fused_position_loss(const PositionLoss& loss, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher, std::int64_t chunk) {
-  FusedCall call{{}, teacher, 0, {}, bias.defined(), chunk > 0 ? chunk : fused_chunk(weight.size(0)), static_cast<double>(std::max<std::int64_t>(1, hidden.size(0)))};
+LogitMeans fused_position_loss(const PositionLoss& loss, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher) {
+  FusedCall call{{}, teacher, 0, {}, bias.defined(), fused_chunk(weight.size(0)), static_cast<double>(std::max<std::int64_t>(1, hidden.size(0)))};
   call.loss = &loss;
   return fused_apply(call, hidden, weight, bias);
 }

@@ -33,7 +33,7 @@ at::Tensor fused_linear_loss(const LogitLoss& loss, const at::Tensor& hidden, co
 // The same frame around a loss that is no row of the table: sums over n positions from logits of the student [n, V] and of the teacher
 // [n, V_t], whose vocabularies may differ. `values` [2]: the loss, and whatever else is to be averaged. `total` is values[0].
 using PositionLoss = std::function<LogitSums(const at::Tensor& student, const at::Tensor& teacher, bool gradient)>;
-LogitMeans fused_position_loss(const PositionLoss& loss, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const FusedTeacher& teacher, std::int64_t chunk = 0);
+LogitMeans fused_position_loss(const PositionLoss& loss, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const FusedTeacher& teacher);
 // The type of the matrix products: what autocast would choose, else the type of the hidden states.
 at::ScalarType fused_product_type(const at::Tensor& hidden);
 std::int64_t fused_chunk(std::int64_t vocabulary);  // the automatic choice

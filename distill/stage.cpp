@@ -38,7 +38,7 @@ bool distill_has(const Node& list, std::string_view key) {
 }
 
 Node distill_default(const DistillOptions& options, bool classifier) {
-  if (options.has_on_policy) return parse_yaml("[{logits: generalized_jsd, beta: 0.5}]", "default objective");
+  if (distill_samples(options)) return parse_yaml("[{logits: generalized_jsd, beta: 0.5}]", "default objective");
   if (options.has_teacher_text) return parse_yaml("[{labels: cross_entropy}]", "default objective");
   return default_objective(classifier);
 }
@@ -54,6 +54,7 @@ void check_distill(const DistillOptions& options, bool classification, const Pla
   if (classification && options.has_cache) refuse("\"cache\" is for text: of classes the teacher's outputs are always kept", "remove the key");
   if (classification && writes) refuse("on_policy and teacher_text are for text: a classifier writes none", "remove them");
   if (classification && !options.student.model.empty()) refuse("student.model is for text", "of a classifier choose layers with student.keep_layers");
+  if (classification && crosses_tokenizers(options.objective)) refuse("cross_tokenizer is for text, and the student is a classifier", "use logits, hidden, relation or labels");
   if (!options.student.model.empty() && !options.student.keep_layers.empty()) refuse("a student is either made of the teacher's layers or another model", "remove student.keep_layers or student.model");
   if (options.has_on_policy && options.has_teacher_text) refuse("on_policy and teacher_text both write the texts", "keep one of them");
   if (options.has_cache && options.has_on_policy) refuse("on_policy needs the live teacher: a cache knows the data's texts alone", "remove the cache");

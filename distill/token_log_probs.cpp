@@ -48,7 +48,7 @@ struct TokenLogProbs : torch::autograd::Function<TokenLogProbs> {
     const auto type = static_cast<at::ScalarType>(context->saved_data["type"].toInt());
     const at::ScalarType sums = type == at::kDouble ? at::kDouble : at::kFloat;
     const Tensor w = weight.to(type);
-    Tensor grad_hidden = at::zeros(hidden.sizes(), hidden.options().dtype(sums)), grad_weight = at::zeros(weight.sizes(), weight.options().dtype(sums)), grad_bias = at::zeros(bias.sizes(), bias.options().dtype(sums));
+    Tensor grad_hidden = at::zeros(hidden.sizes(), hidden.options().dtype(sums)), grad_weight = weight.requires_grad() ? at::zeros(weight.sizes(), weight.options().dtype(sums)) : Tensor(), grad_bias = at::zeros(bias.sizes(), bias.options().dtype(sums));
     for (std::int64_t begin = 0; begin < hidden.size(0); begin += chunk) {
       const std::int64_t size = std::min(chunk, hidden.size(0) - begin);
       const Tensor g = upstream.narrow(0, begin, size).to(sums).unsqueeze(1);
@@ -57,9 +57,9 @@ struct TokenLogProbs : torch::autograd::Function<TokenLogProbs> {
       if (bias.numel() > 0) grad_bias.add_(slope.sum(0));
       const Tensor d = slope.to(type);
       grad_hidden.narrow(0, begin, size).copy_(at::mm(d, w));
-      grad_weight.add_(at::mm(d.t(), hidden.narrow(0, begin, size).to(type)));
+      if (grad_weight.defined()) grad_weight.add_(at::mm(d.t(), hidden.narrow(0, begin, size).to(type)));
     }
-    return {grad_hidden.to(hidden.scalar_type()), grad_weight.to(weight.scalar_type()), bias.numel() > 0 ? grad_bias.to(bias.scalar_type()) : Tensor(), Tensor(), Tensor()};
+    return {grad_hidden.to(hidden.scalar_type()), grad_weight.defined() ? grad_weight.to(weight.scalar_type()) : Tensor(), bias.numel() > 0 ? grad_bias.to(bias.scalar_type()) : Tensor(), Tensor(), Tensor()};
   }
 };
 

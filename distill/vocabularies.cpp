@@ -48,7 +48,6 @@ VocabularyComparison compare_vocabularies(const Tokenizer& student, std::int64_t
     const auto name = [&](const Tokenizer& tokenizer) { return tokenizer.special().*row.member < 0 ? std::string() : std::string(tokenizer.token(tokenizer.special().*row.member)); };
     VocabularyComparison::Special entry{row.key, name(student), name(teacher)};
     if (entry.student.empty() && entry.teacher.empty()) continue;
-    out.same_special = out.same_special && entry.student == entry.teacher;
     out.special.push_back(std::move(entry));
   }
   const std::string a = student.chat_template(), b = teacher.chat_template();

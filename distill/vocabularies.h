@@ -21,7 +21,6 @@ struct VocabularyComparison {
     std::string name, student, teacher;  // "eos_token"; "" where a side has none
   };
   std::vector<Special> special;                     // those that one of the two has
-  bool same_special = true;
   std::string chat;                                 // "the same", "different", "of the student alone", "of the teacher alone", "none"
 
   // Losses that compare token by token make sense: every id that both have means the same, added tokens apart.

@@ -35,17 +35,28 @@ constexpr std::chrono::milliseconds watch_pause{1000};
 
 bool is_loopback(const std::string& address) { return address == "localhost" || address == "::1" || starts_with(address, "127."); }
 
+// Before the ranks meet: one that has no network is then missed by the others, not waited for.
+std::shared_ptr<::gloo::transport::Device> gloo_device(const Launch& launch) {
+  const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
+  try {
+    if (interface) return c10d::ProcessGroupGloo::createDeviceForInterface(interface);
+    return is_loopback(launch.address) ? c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1") : c10d::ProcessGroupGloo::createDefaultDevice();
+  } catch (const std::exception& error) {
+    const std::string words = error.what();
+    throw Error(str("the network of this machine cannot be used: ", words.substr(0, words.find('\n')))).at("GLOO_SOCKET_IFNAME").given(interface ? interface : "").hint("set it to an interface that `ip addr` lists and that reaches the other machines");
+  }
+}
+
 class GlooCollective final : public Collective {
  public:
-  GlooCollective(const Launch& launch, c10::Device device) : Collective(launch.rank, launch.world), rendezvous_(std::make_unique<Rendezvous>(launch)) {
+  GlooCollective(const Launch& launch, c10::Device device, std::shared_ptr<::gloo::transport::Device> network) : Collective(launch.rank, launch.world), rendezvous_(std::make_unique<Rendezvous>(launch)) {
     auto options = c10d::ProcessGroupGloo::Options::create(transport_timeout);
-    const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
-    options->devices.push_back(interface ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
-                                         : is_loopback(launch.address) ? c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1") : c10d::ProcessGroupGloo::createDefaultDevice());
+    options->devices.push_back(std::move(network));
     try {
       host_ = c10::make_intrusive<c10d::ProcessGroupGloo>(rendezvous_->store("gloo"), rank(), world(), options);
-    } catch (const c10::Error& error) {
-      rendezvous_->lost(error.what_without_backtrace());
+    } catch (const std::exception& error) {  // Gloo's own are no c10::Error
+      const auto* torch = dynamic_cast<const c10::Error*>(&error);
+      rendezvous_->lost(torch ? torch->what_without_backtrace() : error.what());
     }
     device_ = device.is_cpu() ? host_ : nccl_group(rendezvous_->store("nccl"), launch, device, transport_timeout);
   }
@@ -157,7 +168,7 @@ bool collectives_available() { return true; }
 
 std::unique_ptr<Collective> Collective::join(const Launch& launch, c10::Device device) {
   if (launch.alone()) throw std::logic_error("Collective::join: one process");
-  return std::make_unique<GlooCollective>(launch, device);
+  return std::make_unique<GlooCollective>(launch, device, gloo_device(launch));
 }
 
 #else

@@ -11,8 +11,8 @@
 
 #include <ATen/ATen.h>
 
-#include <cstring>
 #include <map>
+#include <optional>
 #include <set>
 #include <stdexcept>
 

@@ -153,8 +153,11 @@ class CompressedReader {
   const OpenedGroup* find_group(const std::string& name) const {
     const auto any = [&](const std::vector<std::string>& patterns) { return std::any_of(patterns.begin(), patterns.end(), [&](const std::string& pattern) { return matches(pattern, name); }); };
     if (any(ignore_)) return nullptr;
-    for (const OpenedGroup& group : groups_)
-      if (any(group.targets)) return &group;
+    // As the library: names before patterns before the class.
+    const auto rank = [](const std::string& target) { return target == "Linear" ? 2 : starts_with(target, "re:") ? 1 : 0; };
+    for (const int wanted : {0, 1, 2})
+      for (const OpenedGroup& group : groups_)
+        if (std::any_of(group.targets.begin(), group.targets.end(), [&](const std::string& target) { return rank(target) == wanted && matches(target, name); })) return &group;
     return nullptr;
   }
 

@@ -75,7 +75,11 @@ at::Tensor packed_decode(const SafetensorsFile& file, const std::string& name, c
   if (entry.spec.grid->kquant) {
     const TensorData& blocks = packed_tensor(file, name + ".blocks", folder);
     if (blocks.dtype != DType::u8) throw Error("the blocks have the wrong type").at(place).given(std::string(name_of(blocks.dtype))).allowed("U8");
+    try {
     return decode(entry.spec, kquant_values(*entry.spec.grid, blocks.bytes, entry.rows, entry.columns));
+  } catch (Error& error) {
+    throw error.at(place);
+  }
   }
   const TensorData& codes = packed_tensor(file, name + ".codes", folder);
   Quantized values;

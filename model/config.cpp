@@ -370,4 +370,11 @@ ParameterCount count_parameters(const ModelConfig& c) {
   return count;
 }
 
+ModelConfig with_layers(ModelConfig config, std::int64_t layers) {
+  config.layers = layers;
+  for (std::vector<std::int64_t>* list : {&config.sliding_window, &config.no_rope})
+    if (!list->empty()) list->resize(static_cast<std::size_t>(layers));
+  return config;
+}
+
 }  // namespace kompakt

@@ -54,5 +54,7 @@ struct ParameterCount {
   std::int64_t total = 0, embedding = 0;
 };
 ParameterCount count_parameters(const ModelConfig& config);
+// The shape with so many layers; lists of what each layer is keep their first ones.
+ModelConfig with_layers(ModelConfig config, std::int64_t layers);
 
 }  // namespace kompakt

@@ -23,8 +23,6 @@ struct RoundingStraight : public torch::autograd::Function<RoundingStraight> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list gradients) { return {gradients[0], at::Tensor()}; }
 };
 
-at::Tensor rounding_straight(const at::Tensor& x, const at::Tensor& rounded) { return x.requires_grad() && at::GradMode::is_enabled() ? RoundingStraight::apply(x, rounded) : rounded; }
-
 // The order of operations of compressed-tensors; tensors that broadcast.
 at::Tensor rounding_apply(const at::Tensor& x, const RoundingFormat& format, const at::Tensor& scale, const at::Tensor& zero) {
   at::Tensor code = x / scale;
@@ -63,6 +61,8 @@ const Json* rounding_json(const ModelConfig& config, const char* key) {
 
 }  // namespace
 
+at::Tensor straight_through(const at::Tensor& value, const at::Tensor& rounded) { return value.requires_grad() && at::GradMode::is_enabled() ? RoundingStraight::apply(value, rounded) : rounded; }
+
 std::span<const RoundingFormat> rounding_formats() {
   static constexpr std::array<RoundingFormat, 2> rows = {{{"int8", "whole numbers of 8 bits", -128, 127, false}, {"fp8_e4m3", "floats of 8 bits, E4M3", -448, 448, true}}};
   return rows;
@@ -97,7 +97,7 @@ at::Tensor round_static(const at::Tensor& x, const RoundingFormat& format, const
     const at::Tensor value = at::full({1}, scale.scale, x.options());
     rounded = rounding_apply(x.detach(), format, value, scale.zero ? at::full({1}, static_cast<double>(scale.zero), x.options()) : at::Tensor());
   }
-  return rounding_straight(x, rounded);
+  return straight_through(x, rounded);
 }
 
 at::Tensor round_per_token(const at::Tensor& x, const RoundingFormat& format, bool symmetric) {
@@ -112,7 +112,7 @@ at::Tensor round_per_token(const at::Tensor& x, const RoundingFormat& format, bo
     const at::Tensor zero = symmetric ? at::Tensor() : (format.low - low / scale).clamp(format.low, format.high).round();
     rounded = rounding_apply(values, format, scale, zero);
   }
-  return rounding_straight(x, rounded);
+  return straight_through(x, rounded);
 }
 
 RuntimeRounding rounding_of(const ModelConfig& config) {

@@ -45,6 +45,9 @@ at::Tensor round_static(const at::Tensor& x, const RoundingFormat& format, const
 // The same with a scale for every row of the last dimension (every token), from its own extremes; a row of zeros stays zero.
 at::Tensor round_per_token(const at::Tensor& x, const RoundingFormat& format, bool symmetric);
 
+// Forward: exactly `rounded`. Backward: the gradient passes to `value` unchanged (Bengio et al. 2013).
+at::Tensor straight_through(const at::Tensor& value, const at::Tensor& rounded);
+
 struct ActivationScheme {
   std::string format = "int8";                  // row of the table of formats
   bool dynamic = true, symmetric = true;        // dynamic: a scale per token

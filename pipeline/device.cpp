@@ -26,8 +26,9 @@ c10::Device parse_device(const std::string& text) {
   if (!cuda_available()) throw Error("there is no CUDA device for this build of kompakt").at("--device").given(text).hint("run on the CPU, or see `kompakt doctor`");
   const Launch& launch = this_launch();
   if (!launch.alone() && !any) throw Error("several ranks cannot share one GPU").at("--device").given(text).allowed("cuda: each rank takes the GPU with its number on the machine");
-  if (!launch.alone()) return c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(launch.local_rank));
-  return c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(index));
+  const std::int64_t number = launch.alone() ? index : launch.local_rank, gpus = static_cast<std::int64_t>(at::getNumGPUs());
+  if (number >= gpus) throw Error(str("there is no GPU with number ", number, ": this process sees ", gpus)).at("--device").given(text).hint(launch.alone() ? "numbers start at 0" : "start at most as many ranks on a machine as it has GPUs");
+  return c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(number));
 }
 
 void set_threads() {

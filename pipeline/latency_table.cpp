@@ -26,10 +26,7 @@ using Shape = std::pair<std::int64_t, std::int64_t>;
 // Weights of one forward pass by shape, and how often each occurs.
 std::map<Shape, std::int64_t> latency_shapes(const ModelConfig& config) {
   std::map<Shape, std::int64_t> out;
-  ModelConfig one = config;
-  one.layers = 1;
-  for (std::vector<std::int64_t>* list : {&one.sliding_window, &one.no_rope})
-    if (!list->empty()) list->resize(1);
+  const ModelConfig one = with_layers(config, 1);
   Transformer shapes(one, 0, c10::Device(c10::kMeta));
   for (const Linear* linear : shapes.linears()) out[{linear->out_features(), linear->in_features()}] += config.layers;
   if (!config.is_classifier() && shapes.final_norm.weight.defined()) ++out[{config.vocab, config.hidden}];
@@ -109,14 +106,11 @@ LatencyTable measure_latency_table(const ModelConfig& config, std::int64_t token
     progress.update(++done);
   }
   progress.finish();
-  // The rest of a layer: a model of one layer, less its products and what an empty forward pass costs.
-  ModelConfig one = config;
-  one.layers = 1;
-  for (std::vector<std::int64_t>* list : {&one.sliding_window, &one.no_rope})
-    if (!list->empty()) list->resize(1);
+  // The rest of a layer: one block, less its products.
+  const ModelConfig one = with_layers(config, 1);
   const Transformer model(one, 1);
   ModelInput input;
-  input.ids = at::full({1, std::min(tokens, config.max_positions > 0 ? config.max_positions : tokens)}, 1, at::kLong);
+  input.ids = at::full({1, tokens}, 1, at::kLong);
   const at::Tensor x = model.embed(input);
   double products = 0;
   for (const auto& [shape, count] : latency_shapes(one))
@@ -150,6 +144,7 @@ LatencyTable read_latency_table(const std::filesystem::path& file) {
 
 Json write_latency_table(const std::filesystem::path& model, const std::filesystem::path& file, std::int64_t tokens) {
   const ModelConfig config = load_config(model);
+  if (config.max_positions > 0 && tokens > config.max_positions) throw Error("the model reads fewer tokens at once").at("kompakt doctor --tokens").given(str(tokens)).allowed(str("1 to ", config.max_positions));
   const LatencyTable table = measure_latency_table(config, tokens);
   Json out = to_json(table);
   write_json(file, out);

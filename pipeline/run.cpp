@@ -7,6 +7,7 @@
 #include "core/files.h"
 #include "core/launch.h"
 #include "core/log.h"
+#include "core/system.h"
 #include "core/text.h"
 #include "distributed/collective.h"
 #include "pipeline/session.h"
@@ -51,7 +52,7 @@ RunOutcome RunSession::work() {
 
   data_ = load_data(recipe_);
   data_hash_ = data_.hash();
-  if (ranks_) ranks_->check_equal(str(stage_key(recipe_.stages.front(), 0), manifest_.at("recipe_sha256").get<std::string>(), data_hash_), "recipe, teacher, data or version of kompakt", "give all ranks the same files");
+  if (ranks_) ranks_->check_equal(str(stage_key(recipe_.stages.front(), 0), manifest_.at("recipe_sha256").get<std::string>(), data_hash_, options_.resume ? "\nresume\n" : "\n", options_.device, "\n", options_.until), "recipe, teacher, data, --resume, --device, --until or version of kompakt", "give all ranks the same files and options");
   if (leader())
     for (StagePrediction& prediction : predict_stages(recipe_, data_)) predictions_[prediction.title] = prediction;
 

@@ -114,6 +114,13 @@ void check_search(const SearchOptions& options, const std::string& place, Proble
       problems.add(error);
     }
   }
+  for (const std::string& text : options.formats) grid_format(text, "search.formats", problems);
+  const auto has_zero_points = [](const std::string& text) {
+    const Grid* grid = find_grid(text.substr(0, text.find(':')));
+    return grid && grid->asymmetric && !grid->kquant;
+  };
+  if (const QuantizationMethod* method = find_quantization_method(options.method); method && method->needs_asymmetric && !options.formats.empty() && std::none_of(options.formats.begin(), options.formats.end(), has_zero_points))
+    problems.add(Error(str("method ", method->name, " moves zero points, and no format of the search has them")).at(place).given(join(options.formats, ", ")).allowed("a format such as int4_asym:64 among them").hint("add one, or take method: rtn"));
 }
 
 std::string SearchShape::text() const { return str(removed == 0 ? "no" : std::to_string(removed), " layers less, ffn ", ffn, ", ", heads.heads, " heads", used_vocabulary ? ", used vocabulary" : ""); }
@@ -142,10 +149,8 @@ std::vector<SearchShape> search_shapes(const ModelConfig& config, const SearchOp
 }
 
 ModelConfig search_config(const ModelConfig& config, const SearchShape& shape, std::int64_t pieces) {
-  ModelConfig out = config;
-  out.layers -= shape.removed, out.ffn = shape.ffn, out.heads = shape.heads.heads, out.kv_heads = shape.heads.kv_heads;
-  for (std::vector<std::int64_t>* list : {&out.sliding_window, &out.no_rope})
-    if (!list->empty()) list->resize(static_cast<std::size_t>(out.layers));
+  ModelConfig out = with_layers(config, config.layers - shape.removed);
+  out.ffn = shape.ffn, out.heads = shape.heads.heads, out.kv_heads = shape.heads.kv_heads;
   if (shape.used_vocabulary && pieces > 0) out.vocab = pieces;
   return out;
 }
@@ -154,11 +159,10 @@ std::optional<BudgetFrame> search_frame(const ModelConfig& config, const SearchO
   QuantizeOptions open;
   open.has_budget = true, open.budget.bytes = std::numeric_limits<std::int64_t>::max() / 4;
   for (const std::string& text : options.formats.empty() ? target.formats : options.formats) {
-    const std::size_t colon = text.find(':');
-    const Grid* grid = find_grid(text.substr(0, colon));
-    const auto group = colon == std::string::npos ? std::optional<std::int64_t>() : parse_int(std::string_view(text).substr(colon + 1));
-    if (!grid) throw Error(str("unknown grid \"", text.substr(0, colon), "\"", did_you_mean(text.substr(0, colon), grid_names()))).at("search.formats").given(text).allowed(join(grid_names(), ", "));
-    const GridSpec spec{grid, group.value_or(grid->default_group)};
+    Problems problems;
+    const auto read = grid_format(text, "search.formats", problems);
+    problems.throw_if_any("the formats of the search");
+    const GridSpec spec = *read;
     const auto fits = [&](std::int64_t columns) {
       std::string reason;
       return columns % spec.span_for(columns) == 0 && target.holds(spec, columns, reason);
@@ -190,6 +194,15 @@ std::int64_t search_limit(const ModelConfig& config, const SearchBudget& budget,
     if (budget.joules > 0 && ms / 1e3 * table->watts.value_or(0) > budget.joules) return -1;
   }
   return limit;
+}
+
+std::string search_budget_text(const SearchBudget& budget) {
+  std::vector<std::string> all;
+  for (const auto& [key, value] : {std::pair{"bytes", budget.bytes}, std::pair{"memory", budget.memory}})
+    if (value > 0) all.push_back(str(key, ": ", value, " (", human_bytes(static_cast<double>(value)), ")"));
+  for (const auto& [key, value] : {std::pair{"latency_ms", budget.latency_ms}, std::pair{"joules", budget.joules}})
+    if (value > 0) all.push_back(str(key, ": ", shortest(value)));
+  return join(all, ", ");
 }
 
 BudgetSearch::BudgetSearch(Transformer& model, const SearchOptions& options, std::vector<std::int64_t> kept, TargetOf target, StageContext& context)
@@ -234,20 +247,6 @@ std::unique_ptr<Transformer> BudgetSearch::cut(const SearchShape& shape) const {
 
 void BudgetSearch::measure(const std::filesystem::path& file) {
   const ModelConfig& config = model_.config();
-  std::map<std::string, std::vector<GridSpec>> wanted;  // formats of all shapes, by tensors of the uncut model
-  for (const SearchShape& shape : shapes_) {
-    const ModelConfig cut_config = search_config(config, shape, static_cast<std::int64_t>(kept_.size()));
-    const Transformer shapes(cut_config, 0, c10::Device(c10::kMeta));
-    std::string why;
-    const std::optional<BudgetFrame> frame = search_frame(cut_config, options_, target_(shapes, shape.used_vocabulary), why);
-    if (!frame) continue;
-    // Names are those of a model with all layers: every width is among the shapes without removal, too.
-    for (const BudgetTensor& tensor : frame->tensors)
-      for (const GridSpec& spec : tensor.formats) {
-        auto& list = wanted[tensor.name];
-        if (std::none_of(list.begin(), list.end(), [&](const GridSpec& s) { return s.grid == spec.grid && s.group == spec.group; })) list.push_back(spec);
-      }
-  }
   if (!file.empty() && std::filesystem::exists(file)) {
     const Json saved = read_json(file);
     order_ = saved.at("order").get<std::vector<std::int64_t>>();
@@ -262,6 +261,20 @@ void BudgetSearch::measure(const std::filesystem::path& file) {
     sensitivities_ = saved.at("sensitivities").get<std::map<std::string, std::map<std::string, double>>>();
     log_info(str(context_.title, ": importance and sensitivities were measured before"));
     return;
+  }
+  std::map<std::string, std::vector<GridSpec>> wanted;  // formats of all shapes, by tensors of the uncut model
+  for (const SearchShape& shape : shapes_) {
+    const ModelConfig cut_config = search_config(config, shape, static_cast<std::int64_t>(kept_.size()));
+    const Transformer shapes(cut_config, 0, c10::Device(c10::kMeta));
+    std::string why;
+    const std::optional<BudgetFrame> frame = search_frame(cut_config, options_, target_(shapes, shape.used_vocabulary), why);
+    if (!frame) continue;
+    // Names are those of a model with all layers: every width is among the shapes without removal, too.
+    for (const BudgetTensor& tensor : frame->tensors)
+      for (const GridSpec& spec : tensor.formats) {
+        auto& list = wanted[tensor.name];
+        if (std::none_of(list.begin(), list.end(), [&](const GridSpec& s) { return s.grid == spec.grid && s.group == spec.group; })) list.push_back(spec);
+      }
   }
   scores_ = measure_units(*find_criterion(options_.criterion), model_, batches_, context_.seed);
   std::int64_t most = 0;
@@ -366,8 +379,6 @@ double BudgetSearch::predict(const SearchShape& shape, const std::map<std::strin
 }
 
 std::vector<SearchPoint> BudgetSearch::solve(const LatencyTable* table) {
-  if (options_.budget.joules > 0 && table && !table->watts)
-    throw Error("the latency table has no power: this machine told none while it was measured").at("search.budget.joules").given(options_.budget.latency_table).hint("write \"watts\" into the table, or use latency_ms");
   std::vector<SearchPoint> found, all;
   std::int64_t smallest = std::numeric_limits<std::int64_t>::max();
   std::string reason;
@@ -424,10 +435,10 @@ std::vector<SearchPoint> BudgetSearch::solve(const LatencyTable* table) {
   frontier_.clear();
   for (SearchPoint& point : all)
     if (frontier_.empty() || point.predicted() < frontier_.back().predicted()) frontier_.push_back(std::move(point));
-  if (found.empty() && all.empty() && frontier_.empty()) throw Error(str("no shape of the search can be stored: ", reason)).at("search").hint("name formats with smaller groups, or other widths and multiple_of");
+  if (frontier_.empty()) throw Error(str("no shape of the search can be stored: ", reason)).at("search").hint("name formats with smaller groups, or other widths and multiple_of");
   if (found.empty()) {
     Error error("no shape of the search fits the budget");
-    error.at("search.budget").given(options_.budget.bytes > 0 ? human_bytes(static_cast<double>(options_.budget.bytes)) : options_.budget.memory > 0 ? human_bytes(static_cast<double>(options_.budget.memory)) : str(shortest(options_.budget.latency_ms), " ms"));
+    error.at("search.budget").given(search_budget_text(options_.budget));
     error.allowed(table ? str("files from ", human_bytes(static_cast<double>(smallest)), ", passes from ", fixed(fastest, 3), " ms") : str("files from ", smallest, " bytes"));
     error.hint("raise the budget, or let the search remove more (layers, ffn, heads, vocabulary: [used])");
     throw error;

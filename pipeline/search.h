@@ -75,6 +75,7 @@ std::optional<BudgetFrame> search_frame(const ModelConfig& config, const SearchO
 
 // The limit on the file's bytes that the budget leaves to a shape; negative: another budget is exceeded already.
 std::int64_t search_limit(const ModelConfig& config, const SearchBudget& budget, const LatencyTable* table);
+std::string search_budget_text(const SearchBudget& budget);  // for messages
 
 struct SearchPoint {
   SearchShape shape;

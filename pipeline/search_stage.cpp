@@ -1,12 +1,10 @@
 // The stage `search`: what the pipeline knows (exports, tokenizer, data, store) around the search itself.
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <chrono>
 #include <optional>
 #include <set>
-#include <stdexcept>
 #include <utility>
 
 #include "core/error.h"
@@ -125,7 +123,7 @@ void plan_search(const Node& node, const PlanInput& input, PlannedModel& model) 
   }
   if (smallest < 0) throw Error(str("no shape of the search can be stored: ", reason)).at("search").hint("name formats with smaller groups, or other widths and multiple_of");
   if (fitting == 0)
-    throw Error("no shape of the search fits the budget").at("search.budget").given(options.budget.bytes > 0 ? str(options.budget.bytes, " bytes") : str("memory ", options.budget.memory, ", latency ", shortest(options.budget.latency_ms), " ms")).allowed(str("files from ", smallest, " bytes (", human_bytes(static_cast<double>(smallest)), ")"))
+    throw Error("no shape of the search fits the budget").at("search.budget").given(search_budget_text(options.budget)).allowed(str("files from ", smallest, " bytes (", human_bytes(static_cast<double>(smallest)), ")"))
         .hint("raise the budget, or let the search remove more (layers, ffn, heads, vocabulary: [used])");
   model.notes.push_back(str("the shape is decided in the run: ", fitting, " of ", shapes.size(), " shapes fit the budget; what follows is predicted for the largest of them"));
   const double tokens = static_cast<double>(options.tokens), parameters = static_cast<double>(count_parameters(before).total);

@@ -75,10 +75,8 @@ ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenize
     std::vector<std::string> names = quantize->budget.formats;
     if (names.empty() && first) names.assign(first->budget_formats.begin(), first->budget_formats.end());
     for (const std::string& name : names) {
-      const std::size_t colon = name.find(':');
-      const Grid* grid = find_grid(name.substr(0, colon));
-      const auto group = colon == std::string::npos ? std::optional<std::int64_t>() : parse_int(std::string_view(name).substr(colon + 1));
-      if (grid) specs.push_back({grid, group.value_or(grid->default_group)});
+      Problems told_by_quantize;
+      if (const auto spec = grid_format(name, "quantize.budget.formats", told_by_quantize)) specs.push_back(*spec);
     }
   } else if (const Grid* grid = find_grid(quantize->weights)) {
     specs.push_back({grid, grid->group_fixed || quantize->group < 0 ? grid->default_group : quantize->group});

@@ -272,7 +272,6 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
     const Transformer shapes(model.config, 0, c10::Device(c10::kMeta));
     const BudgetFrame frame = budget_frame(model.config, options, budget_target(input.recipe, shapes, *input.tokenizer, true));
     model.quantized = frame.smallest, model.budget_bytes = frame.limit;
-    set_rounding(model.config, planned_rounding(model.config, options, model.quantized));
     model.notes.push_back(frame.note());
     add_trainings();
     model.bytes = float_bytes(model.config);

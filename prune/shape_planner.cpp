@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "core/error.h"
 #include "core/text.h"
@@ -14,10 +15,7 @@ namespace {
 
 // Names of the linears whose rows a dimension decides: every layer has the same, so the first layer's stand for all.
 std::string shape_linear(const ModelConfig& config, bool feed_forward) {
-  ModelConfig one = config;
-  one.layers = 1;
-  for (std::vector<std::int64_t>* list : {&one.sliding_window, &one.no_rope})
-    if (!list->empty()) list->resize(1);
+  const ModelConfig one = with_layers(config, 1);
   const Transformer shapes(one, 0, c10::Device(c10::kMeta));
   return feed_forward ? shapes.blocks[0].mlp.down.name : shapes.blocks[0].attention.output.name;
 }
@@ -55,12 +53,6 @@ std::vector<ShapeChoice> shape_thinned(const std::vector<ShapeChoice>& all, std:
   for (std::size_t i = 0; i < all.size(); ++i)
     if (keep[i]) out.push_back(all[i]);
   return out;
-}
-
-void shape_set_layers(ModelConfig& config, std::int64_t layers) {
-  config.layers = layers;
-  for (std::vector<std::int64_t>* list : {&config.sliding_window, &config.no_rope})
-    if (!list->empty()) list->resize(static_cast<std::size_t>(layers));
 }
 
 }  // namespace
@@ -140,7 +132,7 @@ std::vector<ShapeAxis> plan_shapes(const ModelConfig& config, const PruneOptions
     for (std::int64_t n = config.layers; n > 0; --n) layers.choices.push_back({n, 0, 1, {}, n == after.layers});
     finish(std::move(layers), [&config](ModelConfig& shape, const ShapeChoice& choice) {
       shape.sliding_window = config.sliding_window, shape.no_rope = config.no_rope;
-      shape_set_layers(shape, choice.value);
+      shape = with_layers(std::move(shape), choice.value);
     });
   }
   if (options.has_vocabulary && pieces > 0) {

@@ -17,7 +17,6 @@
 #include "prune/structured.h"
 #include "train/mask.h"
 #include "train/objective.h"
-#include "train/optimizer.h"
 
 namespace kompakt {
 namespace {
@@ -77,13 +76,10 @@ std::vector<std::int64_t> layer_map_without(const std::vector<std::int64_t>& map
 namespace {
 
 std::vector<std::string> stage_sparse_linears(Transformer& model, const UnstructuredOptions& options) {
-  std::vector<std::string> all, out;
-  for (const Linear* linear : model.linears()) all.push_back(linear->name);
-  for (const std::string& pattern : options.skip)
-    if (std::none_of(all.begin(), all.end(), [&](const std::string& name) { return matches_pattern(name, pattern); })) throw Error(str("no linear of the blocks matches the pattern \"", pattern, "\"", did_you_mean(pattern, all))).at("unstructured.skip").given(pattern).allowed(str("names such as ", all.front(), "; * stands for anything"));
-  for (const std::string& name : all)
-    if (std::none_of(options.skip.begin(), options.skip.end(), [&](const std::string& pattern) { return matches_pattern(name, pattern); })) out.push_back(name);
-  if (out.empty()) throw Error("every matrix is skipped: nothing is left to prune").at("unstructured.skip").given(join(options.skip, ", "));
+  const std::set<std::string> dense = dense_linears(model, options);
+  std::vector<std::string> out;
+  for (const Linear* linear : model.linears())
+    if (!dense.count(linear->name)) out.push_back(linear->name);
   return out;
 }
 
@@ -201,9 +197,7 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
   const StructuredOptions& structured = options.structured;
   if (structured.layers > 0 && structured.layers >= config.layers)
     throw Error(str("removing ", structured.layers, " of ", config.layers, " layers leaves nothing")).at("structured.layers").given(str(structured.layers)).allowed(str("0 to ", config.layers - 1));
-  out.layers = config.layers - structured.layers;
-  for (std::vector<std::int64_t>* list : {&out.sliding_window, &out.no_rope})
-    if (!list->empty()) list->resize(static_cast<std::size_t>(out.layers));  // which layers go is known after measuring
+  out = with_layers(std::move(out), config.layers - structured.layers);  // which layers go is known after measuring
   out.ffn = plan_width(config.ffn, structured.ffn, options.multiple_of);
   const HeadPlan heads = plan_heads(config.heads, config.kv_heads, structured.heads);
   out.heads = heads.heads;

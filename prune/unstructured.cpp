@@ -16,6 +16,21 @@
 #include "train/optimizer.h"
 
 namespace kompakt {
+
+std::set<std::string> dense_linears(Transformer& model, const UnstructuredOptions& options) {
+  std::set<std::string> dense;
+  std::vector<std::string> names;
+  for (const Linear* linear : model.linears()) names.push_back(linear->name);
+  for (const std::string& pattern : options.skip) {
+    const std::size_t before = dense.size();
+    for (const std::string& name : names)
+      if (matches_pattern(name, pattern)) dense.insert(name);
+    if (dense.size() == before) throw Error(str("no linear of the blocks matches the pattern \"", pattern, "\"", did_you_mean(pattern, names))).at("unstructured.skip").given(pattern).allowed(str("names such as ", names.front(), "; * stands for anything"));
+  }
+  if (dense.size() == names.size()) throw Error("every matrix is skipped: nothing is left to prune").at("unstructured.skip").given(join(options.skip, ", "));
+  return dense;
+}
+
 namespace {
 
 using at::Tensor;
@@ -44,7 +59,7 @@ constexpr std::array<WeightCriterion, 3> unstructured_table{{
 class UnstructuredRun {
  public:
   UnstructuredRun(Transformer& model, const UnstructuredOptions& options, StageContext& context)
-      : model_(model), options_(options), context_(context), criterion_(*find_weight_criterion(options.criterion)), pattern_(unstructured_pattern(options)), dense_(skipped()),
+      : model_(model), options_(options), context_(context), criterion_(*find_weight_criterion(options.criterion)), pattern_(unstructured_pattern(options)), dense_(dense_linears(model, options)),
         needs_(options.refit == "exact" ? InputStatistics::moments : criterion_.needs) {
     for (const Linear* linear : model.linears())
       if (linear->transform || linear->input_transform) throw std::logic_error(str("prune: a transform is attached to ", linear->name));
@@ -72,20 +87,6 @@ class UnstructuredRun {
   }
 
  private:
-  std::set<std::string> skipped() const {
-    std::set<std::string> dense;
-    std::vector<std::string> names;
-    for (const Linear* linear : model_.linears()) names.push_back(linear->name);
-    for (const std::string& pattern : options_.skip) {
-      const std::size_t before = dense.size();
-      for (const std::string& name : names)
-        if (matches_pattern(name, pattern)) dense.insert(name);
-      if (dense.size() == before) throw Error(str("no linear of the blocks matches the pattern \"", pattern, "\"", did_you_mean(pattern, names))).at("unstructured.skip").given(pattern).allowed(str("names such as ", names.front(), "; * stands for anything"));
-    }
-    if (dense.size() == names.size()) throw Error("every matrix is skipped: nothing is left to prune").at("unstructured.skip").given(join(options_.skip, ", "));
-    return dense;
-  }
-
   void check_size(const CalibrationSet& set) const {
     std::int64_t widest = 0;
     for (const Linear* linear : model_.linears()) widest = std::max(widest, linear->in_features());

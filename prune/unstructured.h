@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <span>
 #include <string>
 #include <string_view>
@@ -29,6 +30,9 @@ void fields(FieldVisitor& visitor, UnstructuredOptions& options);
 // Error when neither or both of sparsity and pattern are given, or when rows of the model do not divide into groups.
 SparsityPattern unstructured_pattern(const UnstructuredOptions& options);
 void check_unstructured(const ModelConfig& config, const UnstructuredOptions& options);
+
+// Linears of the blocks that `skip` keeps dense. Error for a pattern that matches none, and when all would be.
+std::set<std::string> dense_linears(Transformer& model, const UnstructuredOptions& options);
 
 // What a criterion has to know about the inputs of a matrix.
 enum class InputStatistics { none, squares, moments };

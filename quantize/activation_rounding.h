@@ -2,7 +2,7 @@
 // the scales of those that are static, from the quantized model block by block.
 #pragma once
 
-#include <set>
+#include <map>
 #include <string>
 
 #include "core/error.h"

@@ -31,26 +31,6 @@ std::string budget_format_name(const GridSpec& spec) {
   return spec.group == spec.grid->default_group ? std::string(spec.grid->name) : str(spec.grid->name, ":", spec.group);
 }
 
-// "q4_0" or "int4:128".
-std::optional<GridSpec> budget_format(const std::string& text, Problems& problems) {
-  const std::size_t colon = text.find(':');
-  const std::string name = text.substr(0, colon);
-  const Grid* grid = find_grid(name);
-  if (!grid) {
-    problems.add(Error(str("unknown grid \"", name, "\"", did_you_mean(name, grid_names()))).at("quantize.budget.formats").given(text).allowed(join(grid_names(), ", ")));
-    return {};
-  }
-  GridSpec spec{grid, grid->default_group};
-  if (colon == std::string::npos) return spec;
-  const auto group = parse_int(std::string_view(text).substr(colon + 1));
-  if (!group || *group < 0 || (grid->group_fixed && *group != grid->default_group)) {
-    problems.add(Error("a format is a grid, or a grid and its group").at("quantize.budget.formats").given(text).allowed(grid->group_fixed ? str("\"", name, "\", whose groups are of ", grid->default_group) : str("such as \"", name, ":128\"")));
-    return {};
-  }
-  spec.group = *group;
-  return spec;
-}
-
 std::int64_t budget_size(const std::string& text, Problems& problems) {
   const auto bytes = parse_bytes(text);
   if (!bytes || *bytes < 1) problems.add(Error("a point of the curve is not a size").at("quantize.budget.pareto").given(text).allowed("such as 62MB"));
@@ -229,6 +209,25 @@ class BudgetAllocation {
 
 }  // namespace
 
+std::optional<GridSpec> grid_format(const std::string& text, const std::string& place, Problems& problems) {
+  const std::size_t colon = text.find(':');
+  const std::string name = text.substr(0, colon);
+  const Grid* grid = find_grid(name);
+  if (!grid) {
+    problems.add(Error(str("unknown grid \"", name, "\"", did_you_mean(name, grid_names()))).at(place).given(text).allowed(join(grid_names(), ", ")));
+    return {};
+  }
+  GridSpec spec{grid, grid->default_group};
+  if (colon == std::string::npos) return spec;
+  const auto group = parse_int(std::string_view(text).substr(colon + 1));
+  if (!group || *group < 0 || (grid->group_fixed && *group != grid->default_group)) {
+    problems.add(Error("a format is a grid, or a grid and its group").at(place).given(text).allowed(grid->group_fixed ? str("\"", name, "\", whose groups are of ", grid->default_group) : str("such as \"", name, ":128\"")));
+    return {};
+  }
+  spec.group = *group;
+  return spec;
+}
+
 void fields(FieldVisitor& visitor, BudgetOptions& options) {
   visitor.bytes("bytes", options.bytes, "largest size of the whole artifact file, such as 62MB");
   visitor.number("bits_per_weight", options.bits_per_weight, "the same as bits of the whole file per parameter", {.min = 0, .max = 32});
@@ -247,7 +246,7 @@ void check_budget(const QuantizeOptions& options, const std::string& place, Prob
   if (given > 1 || (given == 0 && b.pareto.empty()))
     problems.add(Error("a budget is one size").at(place).given(given == 0 ? "none" : "several").allowed("one of bytes, bits_per_weight, not_larger_than; or pareto alone").hint("write budget: {bytes: 62MB}"));
   for (const std::string& size : b.pareto) budget_size(size, problems);
-  for (const std::string& format : b.formats) budget_format(format, problems);
+  for (const std::string& format : b.formats) grid_format(format, "quantize.budget.formats", problems);
   const QuantizeOptions defaults;
   if (options.weights != defaults.weights || options.group != defaults.group || options.embedding != defaults.embedding || options.embedding_group != defaults.embedding_group || options.head != defaults.head)
     problems.add(Error("a budget chooses the grid of every tensor").at(place).given("weights, embedding or head beside budget").hint("name the grids in budget.formats, and tensors that must stay float in keep_float"));
@@ -269,9 +268,10 @@ BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& optio
   check_budget(options, "quantize.budget", problems);
   check_tuning(config, options, problems);
   check_activations(config, options, problems);
+  check_method_keys(options, problems);
   std::vector<GridSpec> specs;
   for (const std::string& text : b.formats.empty() ? target.formats : b.formats)
-    if (const auto spec = budget_format(text, problems)) specs.push_back(*spec);
+    if (const auto spec = grid_format(text, "quantize.budget.formats", problems)) specs.push_back(*spec);
   if (options.tunes_model() || options.tunes_blocks()) {
     const auto is_kquant = [](const GridSpec& spec) { return spec.grid->kquant != nullptr; };
     if (!b.formats.empty() && std::any_of(specs.begin(), specs.end(), is_kquant))

@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,8 @@ struct BudgetOptions {
 void fields(FieldVisitor& visitor, BudgetOptions& options);
 // What one key alone cannot tell. `place` names the stage in messages.
 void check_budget(const QuantizeOptions& options, const std::string& place, Problems& problems);
+// "q4_0" or "int4:128"; nothing, and a problem at `place`, for what is no grid or no group of it.
+std::optional<GridSpec> grid_format(const std::string& text, const std::string& place, Problems& problems);
 
 // What the exports of the run can hold, and how large the first of them becomes. Made by the pipeline.
 struct BudgetTarget {

@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <array>
@@ -21,14 +20,6 @@ namespace {
 constexpr std::array gradual_rows = {
     GradualSchedule{"linear", "in equal steps", [](double t) { return t; }},
     GradualSchedule{"cosine", "along half a cosine: slow at both ends", [](double t) { return t < 1 ? 0.5 * (1 - std::cos(std::numbers::pi * t)) : 1.0; }},
-};
-
-struct StraightThrough : public torch::autograd::Function<StraightThrough> {
-  static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& weight, const at::Tensor& rounded) {
-    (void)weight;
-    return rounded.view_as(rounded);
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list gradients) { return {gradients[0], at::Tensor()}; }
 };
 
 class FakeQuantization final : public Constraint {
@@ -107,8 +98,6 @@ class FakeQuantization final : public Constraint {
 };
 
 }  // namespace
-
-at::Tensor straight_through(const at::Tensor& weight, const at::Tensor& rounded) { return weight.requires_grad() && at::GradMode::is_enabled() ? StraightThrough::apply(weight, rounded) : rounded; }
 
 std::span<const GradualSchedule> gradual_schedules() { return gradual_rows; }
 

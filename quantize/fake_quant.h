@@ -7,12 +7,10 @@
 #include <string_view>
 #include <vector>
 
+#include "model/rounding.h"
 #include "quantize/stage.h"
 
 namespace kompakt {
-
-// Forward: exactly `rounded`. Backward: the gradient passes to `weight` unchanged (Bengio et al. 2013).
-at::Tensor straight_through(const at::Tensor& weight, const at::Tensor& rounded);
 
 // How far quantization has faded in: a table of pure functions, so that resuming needs no state.
 struct GradualSchedule {

@@ -20,17 +20,7 @@ namespace kompakt {
 namespace {
 
 // w[i] -= e * u[i]
-KOMPAKT_LANES void gptq_subtract(float* w, const float* u, float e, std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + lane_count <= n; i += lane_count) {
-    Lanes a, b;
-    KOMPAKT_LOAD(a, w + i);
-    KOMPAKT_LOAD(b, u + i);
-    a = a - b * e;
-    KOMPAKT_STORE(w + i, a);
-  }
-  for (; i < n; ++i) w[i] -= u[i] * e;
-}
+void gptq_subtract(float* w, const float* u, float e, std::int64_t n) { lanes_add(w, u, -e, n); }
 
 void gptq_subtract(double* w, const double* u, double e, std::int64_t n) {
   for (std::int64_t i = 0; i < n; ++i) w[i] -= u[i] * e;

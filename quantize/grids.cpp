@@ -383,13 +383,13 @@ const std::vector<Grid>& grid_table() {
       grid_row<Fp8Grid>({"fp8_e4m3", "floats E4M3, scale from the largest weight of the row", 8, 0, false, "", true, 0.0009}),
       grid_row<FourLevelGrid>({"q2_0", "GGUF Q2_0: -1, 0, 1, 2 times a signed scale, groups of 64", 2, 64, true, "Q2_0", false, 0.130}),
       grid_row<TernaryGrid>({"tq1_0", "GGUF TQ1_0: ternary, groups of 256, 1.69 bits", 1.6, 256, true, "TQ1_0", false, 0.194}),
+      grid_row<TernaryGrid>({"tq2_0", "GGUF TQ2_0: ternary, groups of 256, 2.06 bits", 1.6, 256, true, "TQ2_0", false, 0.194}),
       grid_row<KQuantGrid<kquant_q6_k, -32, 31, 6, false>>({"q6_k", "GGUF Q6_K: 6 bits, groups of 16 in super-blocks of 256, 6.56 bits", 6, 16, true, "Q6_K", true, 0.00032}),
       grid_row<KQuantGrid<kquant_q5_k, 0, 31, 5, true>>({"q5_k", "GGUF Q5_K: 5 bits with minima, groups of 32 in super-blocks of 256, 5.5 bits", 5, 32, true, "Q5_K", true, 0.0013}),
       grid_row<KQuantGrid<kquant_q4_k, 0, 15, 4, true>>({"q4_k", "GGUF Q4_K: 4 bits with minima, groups of 32 in super-blocks of 256, 4.5 bits", 4, 32, true, "Q4_K", true, 0.0053}),
       grid_row<KQuantGrid<kquant_q3_k, -4, 3, 3, false>>({"q3_k", "GGUF Q3_K: 3 bits, groups of 16 in super-blocks of 256, 3.44 bits", 3, 16, true, "Q3_K", true, 0.0225}),
       grid_row<KQuantGrid<kquant_q2_k, 0, 3, 2, true>>({"q2_k", "GGUF Q2_K: 2 bits with minima, groups of 16 in super-blocks of 256, 2.63 bits", 2, 16, true, "Q2_K", true, 0.072}),
       grid_row<Iq4XsGrid>({"iq4_xs", "GGUF IQ4_XS: the uneven levels of IQ4_NL, groups of 32 in super-blocks of 256, 4.25 bits", 4, 32, true, "IQ4_XS", true, 0.006}),
-      grid_row<TernaryGrid>({"tq2_0", "GGUF TQ2_0: ternary, groups of 256, 2.06 bits", 1.6, 256, true, "TQ2_0", false, 0.194}),
   };
   return table;
 }

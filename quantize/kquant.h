@@ -29,7 +29,7 @@ struct KQuant {
   // Scales (and offsets; null without minima) [256 / group] with a small sum of importance * (w - decoded)^2 for nearest codes;
   // `importance` [256] or null. The two levels are chosen together: the integers of every group by their true error under a
   // given d and e, these from several starts and then by least squares. Returns the largest half that this takes: NaN when a
-  // weight is not finite, and 65504 or more when half precision cannot hold it (nothing is written then).
+  // weight is not finite, and 65504 or more when half precision cannot hold it (what was written is then of no use).
   float (*fit)(const float* w, const float* importance, float* scales, float* offsets);
   void (*pack)(const KQuantBlock& block, std::byte* out);
   void (*unpack)(const std::byte* in, KQuantBlock& block);

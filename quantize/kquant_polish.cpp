@@ -19,32 +19,6 @@
 namespace kompakt {
 namespace {
 
-KOMPAKT_LANES void kpolish_add(float* r, const float* h, float delta, std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + lane_count <= n; i += lane_count) {
-    Lanes a, b;
-    KOMPAKT_LOAD(a, r + i);
-    KOMPAKT_LOAD(b, h + i);
-    a = a + b * delta;
-    KOMPAKT_STORE(r + i, a);
-  }
-  for (; i < n; ++i) r[i] += h[i] * delta;
-}
-
-KOMPAKT_LANES double kpolish_dot(const float* a, const float* b, std::int64_t n) {
-  Lanes sum = {};
-  std::int64_t i = 0;
-  for (; i + lane_count <= n; i += lane_count) {
-    Lanes x, y;
-    KOMPAKT_LOAD(x, a + i);
-    KOMPAKT_LOAD(y, b + i);
-    sum = sum + x * y;
-  }
-  double out = sum_lanes(sum);
-  for (; i < n; ++i) out += static_cast<double>(a[i]) * b[i];
-  return out;
-}
-
 // Some rows of one matrix, with the numbers of their super-blocks.
 class KQuantPolish {
  public:
@@ -128,7 +102,7 @@ class KQuantPolish {
     const at::Tensor along = at::matmul(directions, hessian_.slice(0, b * kquant_span, (b + 1) * kquant_span).slice(1, b * kquant_span, (b + 1) * kquant_span)).contiguous();
     for (std::int64_t r = 0; r < rows_; ++r) {
       const float* hv = along.const_data_ptr<float>() + r * kquant_span;
-      const double slope = kpolish_dot(v + r * kquant_span, residual_at(r, b), kquant_span), curvature = kpolish_dot(v + r * kquant_span, hv, kquant_span);
+      const double slope = lanes_dot(v + r * kquant_span, residual_at(r, b), kquant_span), curvature = lanes_dot(v + r * kquant_span, hv, kquant_span);
       if (!(curvature > 0)) continue;
       float& number = minimum ? block(r, b).e : block(r, b).d;
       const float next = grid::stored_scale(static_cast<float>(number - slope / curvature), grid::smallest_half);
@@ -136,7 +110,7 @@ class KQuantPolish {
       if (next == 0 || (next < 0) != (number < 0) || !(std::fabs(next) < grid::largest_half) || !(change * (2 * slope + change * curvature) < 0)) continue;
       number = next;
       decode_block(r, b);
-      kpolish_add(residual_at(r, b), hv, static_cast<float>(change), kquant_span);
+      lanes_add(residual_at(r, b), hv, static_cast<float>(change), kquant_span);
     }
   }
 
@@ -150,7 +124,7 @@ class KQuantPolish {
     double slope = 0, curvature = 0;
     for (int i = 0; i < kquant_.group; ++i) v[i] = minimum ? -1.0f : rule_.value(static_cast<float>(code_at(r, b)[first + i]));
     for (int i = 0; i < kquant_.group; ++i) slope += static_cast<double>(v[i]) * residual_at(r, b)[first + i];
-    for (int i = 0; i < kquant_.group; ++i) curvature += v[i] * kpolish_dot(v, own(b, first + i) + first, kquant_.group);
+    for (int i = 0; i < kquant_.group; ++i) curvature += v[i] * lanes_dot(v, own(b, first + i) + first, kquant_.group);
     if (!(curvature > 0)) return;
     int& number = minimum ? numbers.minima[g] : numbers.steps[g];
     const double wanted = number - slope / curvature / unit;
@@ -159,7 +133,7 @@ class KQuantPolish {
     if (next == number || !(change * (2 * slope + change * curvature) < 0)) return;
     number = next;
     decode_group(r, b, g);
-    for (int i = 0; i < kquant_.group; ++i) kpolish_add(residual_at(r, b), own(b, first + i), static_cast<float>(change) * v[i], kquant_span);
+    for (int i = 0; i < kquant_.group; ++i) lanes_add(residual_at(r, b), own(b, first + i), static_cast<float>(change) * v[i], kquant_span);
   }
 
   void codes(std::int64_t r, std::int64_t b, int g) {
@@ -173,7 +147,7 @@ class KQuantPolish {
       if (delta == 0 || !(delta * (2 * rr[i] + delta * h[i]) < 0)) continue;
       code_at(r, b)[i] = static_cast<std::int8_t>(static_cast<int>(code));
       w[i] = value;
-      kpolish_add(rr, h, delta, kquant_span);
+      lanes_add(rr, h, delta, kquant_span);
     }
   }
 

@@ -109,6 +109,14 @@ void check_grid_training(const QuantizeOptions& options, std::optional<bool> cla
   if (options.has_pretrain && classification.value_or(false)) problems.add(Error("\"pretrain\" predicts the next token, and the run has class labels").at(place).given("data of format classification").allowed("data of format text").hint("leave pretrain out; objective may hold {labels: cross_entropy}"));
 }
 
+void check_method_keys(const QuantizeOptions& options, Problems& problems) {
+  if (options.method != "imatrix") return;
+  const QuantizeOptions plain;
+  const struct { const char* key; bool set; } unused[] = {{"damping", options.damping != plain.damping}, {"act_order", options.act_order != plain.act_order}, {"teacher_target", options.teacher_target != plain.teacher_target}, {"polish_rounds", options.polish_rounds != plain.polish_rounds}};
+  for (const auto& row : unused)
+    if (row.set) problems.add(Error("method imatrix rounds: it compensates and polishes nothing").at(str("quantize.", row.key)).given("method: imatrix").allowed("method: gptq or trifit").hint("leave the key out"));
+}
+
 QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOptions& options) {
   Problems problems;
   QuantizationPlan plan;
@@ -133,6 +141,7 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
   if (options.basis.untie && options.basis.basis != "hadamard") problems.add(Error(str("untie serves basis hadamard alone, and basis is ", options.basis.basis)).at("quantize.untie").given("true").allowed("false").hint("leave the key out"));
   check_tuning(config, options, problems);
   check_activations(config, options, problems);
+  check_method_keys(options, problems);
   problems.throw_if_any("the quantize stage cannot be planned");
 
   Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));

@@ -3,7 +3,6 @@
 // written, bit for bit.
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "core/error.h"
@@ -56,9 +55,7 @@ void save_quantized(const QuantizedModel& quantized, const std::filesystem::path
     const std::int64_t rows = q.codes.size(0), columns = q.codes.size(1), groups = q.scales.size(1);
     table[name] = Json{{"grid", std::string(spec.grid->name)}, {"group", spec.group}, {"rows", rows}, {"columns", columns}};
     if (spec.grid->kquant) {
-      std::vector<std::byte> blocks = kquant_blocks(*spec.grid, q);
-      const std::int64_t row_bytes = static_cast<std::int64_t>(blocks.size()) / std::max<std::int64_t>(1, rows);
-      tensors.push_back(make_tensor(name + ".blocks", DType::u8, {rows, row_bytes}, std::move(blocks)));
+      tensors.push_back(make_tensor(name + ".blocks", DType::u8, {rows, spec.packed_bytes(1, columns)}, kquant_blocks(*spec.grid, q)));
       continue;
     }
     std::vector<std::byte> codes = spec.grid->pack(q.codes);
@@ -100,7 +97,12 @@ QuantizedModel load_quantized(const std::filesystem::path& folder) {
     Quantized q;
     out.plan.tensors[name] = spec;
     if (spec.grid->kquant) {
-      out.tensors[name] = kquant_values(*spec.grid, quantized_tensor(file, name + ".blocks", DType::u8, spec.packed_bytes(rows, columns), place).bytes, rows, columns);
+      const TensorData& blocks = quantized_tensor(file, name + ".blocks", DType::u8, spec.packed_bytes(rows, columns), place);
+      try {
+        out.tensors[name] = kquant_values(*spec.grid, blocks.bytes, rows, columns);
+      } catch (Error& error) {
+        throw error.at(place + ": " + name);
+      }
       continue;
     }
     const TensorData& codes = quantized_tensor(file, name + ".codes", DType::u8, rows * spec.grid->layout.row_bytes(columns), place);

@@ -87,7 +87,8 @@ class QuantizeRun {
       if (result_.tensors.count(owner)) continue;
       const at::Tensor rounded = parameter.value->detach().to(at::kHalf).to(at::kFloat);
       if (!at::isfinite(rounded).all().item<bool>()) throw Error(str("tensor \"", parameter.name, "\" does not fit into half precision")).at(context_.title).hint("set others: f32");
-      *parameter.value = rounded;
+      if (is_paged(*parameter.value)) parameter.value->detach().copy_(rounded), release_pages(*parameter.value);
+      else *parameter.value = rounded;
     }
   }
 

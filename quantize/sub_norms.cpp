@@ -3,8 +3,12 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
+#include <string>
+#include <vector>
 
 #include "core/error.h"
 #include "core/log.h"
@@ -42,6 +46,24 @@ SubNormSums sub_norm_sums(const at::Tensor& x, const at::Tensor& valid, double e
 
 constexpr std::array<const char*, 2> sub_norm_taps = {"context", "ffn"};  // what the two projections see
 
+// Sums of every site as its values pass: no activation outlives its layer.
+class SubNormSink final : public TapSink {
+ public:
+  SubNormSink(std::int64_t layers, const at::Tensor& valid, double eps) : sums(static_cast<std::size_t>(layers) * sub_norm_taps.size()), valid_(valid), eps_(eps) {
+    std::size_t place = 0;
+    for (std::int64_t i = 0; i < layers; ++i)
+      for (const char* what : sub_norm_taps) places_[str("layer.", i, ".", what)] = place++;
+  }
+  bool wants(const std::string& name) const override { return places_.count(name) > 0; }
+  void put(const std::string& name, const at::Tensor& value) override { sums[places_.at(name)] = sub_norm_sums(value, valid_, eps_); }
+  std::vector<SubNormSums> sums;
+
+ private:
+  std::map<std::string, std::size_t> places_;
+  at::Tensor valid_;
+  double eps_;
+};
+
 // Windows of the training text where the run has no calibration text.
 TaskData sub_norm_windows(const TaskData& data, std::int64_t sequences, std::int64_t length) {
   TaskData out;
@@ -76,12 +98,9 @@ Json insert_sub_norms(Transformer& model, std::int64_t sequences, std::int64_t w
   // One row of sums a batch: batches run beside each other and are added in their order.
   std::vector<std::vector<SubNormSums>> sums(set.inputs.size());
   for_each_batch(model.device(), set.inputs.size(), [&](std::size_t b) {
-    TapMap taps;
-    for (std::int64_t i = 0; i < layers; ++i)
-      for (const char* what : sub_norm_taps) taps.request(str("layer.", i, ".", what));
-    model.hidden(set.inputs[b], &taps);
-    for (std::int64_t i = 0; i < layers; ++i)
-      for (const char* what : sub_norm_taps) sums[b].push_back(sub_norm_sums(taps.at(str("layer.", i, ".", what)), set.valid[b], eps));
+    SubNormSink sink(layers, set.valid[b], eps);
+    model.hidden(set.inputs[b], &sink);
+    sums[b] = std::move(sink.sums);
   });
   model.add_sub_norms();
   Json changes = Json::array();

@@ -19,32 +19,6 @@
 namespace kompakt {
 namespace {
 
-KOMPAKT_LANES void trifit_add(float* r, const float* h, float delta, std::int64_t n) {
-  std::int64_t i = 0;
-  for (; i + lane_count <= n; i += lane_count) {
-    Lanes a, b;
-    KOMPAKT_LOAD(a, r + i);
-    KOMPAKT_LOAD(b, h + i);
-    a = a + b * delta;
-    KOMPAKT_STORE(r + i, a);
-  }
-  for (; i < n; ++i) r[i] += h[i] * delta;
-}
-
-KOMPAKT_LANES double trifit_dot(const float* a, const float* b, std::int64_t n) {
-  Lanes sum = {};
-  std::int64_t i = 0;
-  for (; i + lane_count <= n; i += lane_count) {
-    Lanes x, y;
-    KOMPAKT_LOAD(x, a + i);
-    KOMPAKT_LOAD(y, b + i);
-    sum = sum + x * y;
-  }
-  double out = sum_lanes(sum);
-  for (; i < n; ++i) out += static_cast<double>(a[i]) * b[i];
-  return out;
-}
-
 // What every chunk of rows sees of the Hessian.
 struct TrifitMetric {
   at::Tensor hessian;      // [K,K] float32, positive on its diagonal
@@ -110,10 +84,10 @@ void trifit_refit(TrifitChunk& c, bool stored) {
       double* nr = n + row * square;
       for (std::int64_t other = g; other < c.groups; ++other) {
         const std::int64_t from = other * c.group, length = std::min(c.columns, from + c.group) - from;
-        nr[g * unknowns + other] = nr[other * unknowns + g] = trifit_dot(p + row * width + from - first, tr + from, length);
+        nr[g * unknowns + other] = nr[other * unknowns + g] = lanes_dot(p + row * width + from - first, tr + from, length);
       }
-      b[row * unknowns + g] = trifit_dot(goal + row * c.columns + first, tr + first, end - first);
-      silent.data_ptr<bool>()[row * c.groups + g] = trifit_dot(tr + first, tr + first, end - first) == 0;
+      b[row * unknowns + g] = lanes_dot(goal + row * c.columns + first, tr + first, end - first);
+      silent.data_ptr<bool>()[row * c.groups + g] = lanes_dot(tr + first, tr + first, end - first) == 0;
     }
   }
   if (free_offsets) {  // the basis of an offset is a group of ones, the same for every row
@@ -127,7 +101,7 @@ void trifit_refit(TrifitChunk& c, bool stored) {
         const std::int64_t ones = c.groups + g;
         for (std::int64_t other = 0; other < c.groups; ++other) {
           const std::int64_t from = other * c.group, length = std::min(c.columns, from + c.group) - from;
-          nr[ones * unknowns + other] = nr[other * unknowns + ones] = trifit_dot(sums + g * c.columns + from, tr + from, length);
+          nr[ones * unknowns + other] = nr[other * unknowns + ones] = lanes_dot(sums + g * c.columns + from, tr + from, length);
           nr[ones * unknowns + c.groups + other] = blocks[g * c.groups + other];
         }
         double sum = 0;
@@ -191,7 +165,7 @@ std::pair<double, double> trifit_descend(TrifitChunk& c) {
   std::int8_t* codes = c.codes.data_ptr<std::int8_t>();
   const float* scales = c.scales.data_ptr<float>();
   const float* offsets = c.offsets.defined() ? c.offsets.data_ptr<float>() : nullptr;
-  const double before = trifit_dot(error.data_ptr<float>(), r, error.numel());
+  const double before = lanes_dot(error.data_ptr<float>(), r, error.numel());
   double gained = 0;
   at::Tensor changes = at::empty({c.rows, block});
   float* change = changes.data_ptr<float>();
@@ -226,7 +200,7 @@ std::pair<double, double> trifit_descend(TrifitChunk& c) {
         ++changed;
         // From a whole lane on; columns that were visited get it as well, which nothing reads.
         const std::int64_t lane = from + (j - from) / lane_count * lane_count;
-        trifit_add(rr + lane, h + j * columns + lane, delta, to - lane);
+        lanes_add(rr + lane, h + j * columns + lane, delta, to - lane);
       }
     }
     if (to == columns || changed == 0) continue;
@@ -236,7 +210,7 @@ std::pair<double, double> trifit_descend(TrifitChunk& c) {
     }
     for (std::int64_t j = from; j < to; ++j)
       for (std::int64_t row = 0; row < c.rows; ++row)
-        if (const float delta = change[row * block + j - from]; delta != 0) trifit_add(r + row * columns + to, h + j * columns + to, delta, columns - to);
+        if (const float delta = change[row * block + j - from]; delta != 0) lanes_add(r + row * columns + to, h + j * columns + to, delta, columns - to);
   }
   return {before, before + gained};
 }

@@ -28,4 +28,9 @@ inline double sum_lanes(const Lanes& lanes) {
          ((static_cast<double>(lanes[4]) + lanes[5]) + (static_cast<double>(lanes[6]) + lanes[7]));
 }
 
+// a[i] += b[i] * factor
+void lanes_add(float* a, const float* b, float factor, std::int64_t n);
+// Sum of a[i] * b[i]: lanes in float, their sum and the tail in double.
+double lanes_dot(const float* a, const float* b, std::int64_t n);
+
 }  // namespace kompakt

@@ -162,18 +162,18 @@ std::string html_search(const Json& report) {
       const auto number = [&](const char* key) { return number_at(point, key).value_or(0); };
       return str(fixed(number("layers"), 0), " layers, ffn ", fixed(number("ffn"), 0), ", ", fixed(number("heads"), 0), " heads", point.value("vocabulary", "all") == "used" ? ", used vocabulary" : "");
     };
-    const auto points = [&](const char* key, const char* value, bool labels) {
+    const auto points = [&](const char* key, bool labels) {
       std::vector<ScatterPoint> out;
       const Json* list = find_json(*search, {key});
       if (!list || !list->is_array()) return out;
       for (const Json& point : *list) {
-        const auto bytes = number_at(point, "bytes"), y = number_at(point, value);
+        const auto bytes = number_at(point, "bytes"), y = number_at(point, "predicted_kl");
         if (bytes && y && *bytes > 0) out.push_back({labels ? label(point) : std::string(), *bytes, *y, {}, {}, "stage"});
       }
       return out;
     };
-    std::vector<ScatterPoint> cloud = points("candidates", "predicted_kl", true);
-    std::vector<ScatterPoint> line = points("frontier", "predicted_kl", false);
+    std::vector<ScatterPoint> cloud = points("candidates", true);
+    std::vector<ScatterPoint> line = points("frontier", false);
     const std::string chart = line.size() > 1 ? svg_scatter(line, "bytes of the file", "predicted divergence", false, cloud) : std::string();
     body += str("<h3>", html_escape(stage.value("name", "")), "</h3>");
     if (!chart.empty()) body += str("<figure><figcaption>joined: no other choice is both smaller and closer; grey: the best formats of every shape under the budget</figcaption>", chart, "</figure>\n");

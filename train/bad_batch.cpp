@@ -25,7 +25,7 @@ void stop_for_bad_batch(const std::filesystem::path& folder, const std::string& 
   std::vector<std::string> parts;
   for (const auto& [name, value] : record.parts) parts.push_back(name + " " + shortest(value));
   throw Error(str("step ", record.step, ": the ", std::isfinite(record.loss) ? "gradient" : "loss", " is not finite (loss ", shortest(record.loss), ", gradient norm ", shortest(record.gradient_norm), "; ", join(parts, ", "), ")"))
-      .at(title).hint("the batch lies in " + file.string() + "; a lower learning rate, a longer warm-up or clipping helps most often");
+      .at(title).hint((write ? "the batch lies in " + file.string() : std::string("rank 0 has written the batch")) + "; a lower learning rate, a longer warm-up or clipping helps most often");
 }
 
 }  // namespace kompakt

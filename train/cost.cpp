@@ -5,6 +5,7 @@
 #include "model/families.h"
 #include "train/loop.h"
 #include "train/optimizer.h"
+#include "train/rate_finder.h"
 
 namespace kompakt {
 namespace {
@@ -57,7 +58,8 @@ TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, s
   const double rows_per_step = static_cast<double>(options.batch_size * options.accumulate);
   const double steps_per_epoch = std::max(1.0, std::ceil(rows / rows_per_step));
   const double steps = options.steps > 0 ? static_cast<double>(options.steps) : std::max(1.0, std::ceil(options.epochs * steps_per_epoch));
-  const double tokens = steps * std::min(rows_per_step, rows) * sequence;
+  const double sweep = options.find_learning_rate ? static_cast<double>(RateFinder::steps) : 0;  // at most: it ends where the loss explodes
+  const double tokens = (steps + sweep) * std::min(rows_per_step, rows) * sequence;
 
   const CostForward forward = cost_forward(config, sequence);
   const ParameterCount count = count_parameters(config);

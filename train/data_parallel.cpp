@@ -54,6 +54,14 @@ std::string share_text(const StepShare& share, const std::string& has_gradient, 
 
 double share_number(const Json& json) { return std::strtod(json.get_ref<const std::string&>().c_str(), nullptr); }
 
+// Rank 0's values into everyone's tensor, whatever its strides.
+void parallel_copy(Collective& ranks, const at::Tensor& tensor) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor value = tensor.detach(), whole = value.contiguous();
+  ranks.broadcast(whole, 0);
+  if (!value.is_same(whole)) value.copy_(whole);
+}
+
 }  // namespace
 
 struct DataParallel::Bucket {
@@ -243,13 +251,7 @@ void DataParallel::give_state(const NamedTensors& whole, const AdamW& optimizer)
 
 void DataParallel::from_leader(const NamedTensors& tensors) const {
   if (!ranks_) return;
-  const at::NoGradGuard no_grad;
-  for (const auto& [name, tensor] : tensors) {
-    at::Tensor value = tensor.detach();
-    const at::Tensor whole = value.contiguous();
-    ranks_->broadcast(whole, 0);
-    if (!value.is_same(whole)) value.copy_(whole);
-  }
+  for (const auto& [name, tensor] : tensors) parallel_copy(*ranks_, tensor);
 }
 
 double DataParallel::from_leader(double value) const { return ranks_ ? std::strtod(ranks_->from_leader(shortest(value)).c_str(), nullptr) : value; }
@@ -266,12 +268,7 @@ void share_weights(Collective& ranks, Transformer& model) {
   std::string shapes;
   for (const NamedParameter& parameter : model.parameters()) shapes += str(parameter.name, " ", shape_text(parameter.value->sizes().vec()), "\n");
   ranks.check_equal(shapes, "model", "all ranks need the same recipe and data");
-  const at::NoGradGuard no_grad;
-  for (const NamedParameter& parameter : model.parameters()) {
-    const at::Tensor whole = parameter.value->detach().contiguous();
-    ranks.broadcast(whole, 0);
-    if (whole.data_ptr() != parameter.value->data_ptr()) parameter.value->detach().copy_(whole);
-  }
+  for (const NamedParameter& parameter : model.parameters()) parallel_copy(ranks, *parameter.value);
 }
 
 void check_world_fits(std::int64_t batch_size, std::int64_t accumulate, int world, const std::string& place) {

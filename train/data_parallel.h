@@ -42,7 +42,7 @@ class DataParallel {
   std::vector<bool> mine() const;
 
   // Around the last backward pass of a step on this rank: buckets that are complete leave while it goes on. A rank that computes
-  // none calls neither.
+  // none leaves this call out; finish_step is for every rank.
   void before_last_backward();
   // Waits until gradients are sums over ranks, identical everywhere; a parameter that no rank has a gradient for has none.
   // Gives the sum of all shares. Gradients are views of the buckets: they live until the next step.

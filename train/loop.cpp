@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <limits>
 #include <mutex>
 #include <set>
@@ -108,6 +109,8 @@ class TrainingRun {
     const Json saved = restore();
     Telemetry telemetry(context_.title, steps_, saved.is_null() ? Json() : saved.at("telemetry"));
     telemetry_ = &telemetry;
+    if (!saved.is_null() && step_ == steps_)  // killed behind its last step: what constraints know beside the weights comes back
+      for (const auto& constraint : constraints_) constraint->before_forward(model_, steps_ - 1, steps_);
     if (saved.is_null() && options_.find_learning_rate) {
       AdamW sweep(trainable, adamw, parallel.mine());
       optimizer_ = &sweep;
@@ -121,12 +124,9 @@ class TrainingRun {
       ++step_;
       if (batches.ends_epoch(step_ - 1) || (options_.evaluate_every_steps > 0 && step_ % options_.evaluate_every_steps == 0)) score_epoch(batches);
       if (monitor_) monitor_->after_step(model_, step_, steps_);
-      const bool stop = parallel.several() ? stop_ : interrupted();
+      const bool stop = stopping();
       if (stop || step_ == steps_ || enough() || step_ % options_.save_every_steps == 0) save();
-      if (stop && step_ < steps_ && !enough()) {
-        if (!interrupted()) request_interrupt(15);  // it came to another rank
-        check_interrupted();
-      }
+      if (stop && step_ < steps_ && !enough()) leave_interrupted();
     }
     if (enough() && step_ < steps_) log_info(str(context_.title, ": stopped after step ", step_, " of ", steps_, ": the best held-out score was that of step ", best_step_));
     if (options_.keep == "best" && best_step_ > 0) {
@@ -279,6 +279,12 @@ class TrainingRun {
     if (options_.keep == "best" && parallel_->leader()) save_state(best_file(), weights(), Json::object());
   }
 
+  // With several ranks a step's numbers say whether a signal has come to any: all stop after the same step.
+  bool stopping() const { return parallel_->several() ? stop_ : interrupted(); }
+  static void leave_interrupted() {
+    if (!interrupted()) request_interrupt(SIGTERM);  // it came to another rank
+    check_interrupted();
+  }
   bool enough() const { return (monitor_ && monitor_->enough()) || (options_.stop_after > 0 && stale_ >= options_.stop_after); }
 
   // Of text: minus the held-out mean of the part that an objective marks as score (KL to the teacher) where there is one.
@@ -440,10 +446,7 @@ class TrainingRun {
       const StepRecord record = compute(micro_batches, "rate-finder", i);
       over = finder.add(RateFinder::rate(i), std::isfinite(record.gradient_norm) ? record.loss : record.gradient_norm);
       if (!over) update(record, RateFinder::rate(i) / options_.learning_rate);
-      if (parallel_->several() ? stop_ : interrupted()) {  // nothing is lost: a resumed run sweeps again
-        if (!interrupted()) request_interrupt(15);
-        check_interrupted();
-      }
+      if (stopping()) leave_interrupted();  // nothing is lost: a resumed run sweeps again
       progress.update(i + 1, "loss " + fixed(record.loss, 3));
     }
     const at::NoGradGuard no_grad;

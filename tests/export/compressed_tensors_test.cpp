@@ -237,8 +237,7 @@ TEST_CASE("encoders, and embeddings that have no scheme", "[export][compressed]"
 }
 
 TEST_CASE("formats without a place for rounding say so", "[export][compressed]") {
-  QuantizeOptions options = compressed_options("q8_0");
-  options.weights = "int8";
+  QuantizeOptions options = compressed_options("int8");
   options.has_activations = options.has_kv_cache = true;
   const CompressedFixture fixture = compressed_fixture(options);
   const ModelConfig& config = fixture.model->config();

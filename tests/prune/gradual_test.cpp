@@ -126,6 +126,12 @@ TEST_CASE("the recovery ends with the whole sparsity, and a resumed one with the
   }
   CHECK(whole.details.at("sparsity").at("schedule") == "cubic");
   CHECK(whole.details.at("sparsity").at("zeros").get<double>() / whole.details.at("sparsity").at("weights").get<double>() == Approx(0.5));
+  // Killed behind the last step: the masks come back, and the weights are the same.
+  const auto again = testing::tiny_decoder(5);
+  whole.context.resume = true, whole.context.masks.clear();
+  run(whole, *again, 0);
+  CHECK(whole.context.masks.size() == model->linears().size());
+  CHECK(testing::same_parameters(testing::copy_of(*model), testing::copy_of(*again)));
 }
 
 TEST_CASE("a schedule without what it needs is refused before anything is computed", "[prune][gradual]") {
