@@ -4,6 +4,7 @@
 //   prune_table MODEL CALIBRATION.txt TEST.txt [key=value ...]
 //
 //   table=weights|shapes|both      tokens=65536 (calibration)   test=20480   length=512
+//   true_sequential=1 (0: single weights in the order of the authors' scripts)
 //   ffn=0.75 layers=5 multiple=32  only=TEXT (rows whose name holds it), or exactly these: only==NAME,NAME
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -88,7 +89,7 @@ std::vector<TableRow> shape_rows(double ffn, std::int64_t layers) {
 
 int main(int argc, char** argv) try {
   if (argc < 4) throw Error("model, calibration text and test text are needed").allowed("prune_table MODEL CALIBRATION.txt TEST.txt [key=value ...]");
-  std::map<std::string, std::string> keys = {{"table", "both"}, {"tokens", "65536"}, {"test", "20480"}, {"length", "512"}, {"ffn", "0.75"}, {"layers", "5"}, {"multiple", "32"}, {"only", ""}};
+  std::map<std::string, std::string> keys = {{"table", "both"}, {"tokens", "65536"}, {"test", "20480"}, {"length", "512"}, {"ffn", "0.75"}, {"layers", "5"}, {"multiple", "32"}, {"only", ""}, {"true_sequential", "1"}};
   for (int i = 4; i < argc; ++i) {
     const std::string text = argv[i];
     const auto at = text.find('=');
@@ -120,6 +121,7 @@ int main(int argc, char** argv) try {
     context.title = "table", context.seed = 1, context.data = &data, context.details = &details;
     row.options.samples = static_cast<std::int64_t>(data.calibration.size());
     row.options.multiple_of = number("multiple");
+    row.options.unstructured.true_sequential = number("true_sequential") != 0;
     const auto model = teacher->clone();
     const std::clock_t start = std::clock();
     prune(*model, row.options, {}, context);

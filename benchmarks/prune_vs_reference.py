@@ -6,8 +6,8 @@ usage: prune_vs_reference.py --table PROGRAM --teacher MODEL.gguf --calibration 
 
 FOLDER: a clone of github.com/IST-DASLab/sparsegpt and of github.com/locuslab/wanda. Their classes `SparseGPT` and `WrappedGPT` run
 unchanged (block size 128, damping .01); the loop over the layers follows their scripts for Llama: the inputs of a layer come through
-the pruned layers before it, all seven matrices of a layer see the unpruned layer's inputs. PROGRAM: benchmarks/prune_table, which
-prunes in the same order. Both see the same weights (the GGUF file decoded), calibration windows of 512 and test windows.
+the pruned layers before it, all seven matrices of a layer see the unpruned layer's inputs. PROGRAM: benchmarks/prune_table, told to
+prune in the same order (true_sequential=0). Both see the same weights (the GGUF file decoded), calibration windows of 512 and test windows.
 CPU seconds: pruning alone, statistics and forward passes included, loading and scoring not.
 
 needs: torch, transformers, gguf, accelerate
@@ -128,7 +128,7 @@ def prune(model, calibration, method, pattern):
 def ours():
     """Rows of prune_table: name -> (perplexity, CPU seconds)."""
     names = [f"{method} {pattern}" for method in methods for pattern in o.patterns.split(",")]
-    out = subprocess.run([o.table, o.teacher, o.calibration, o.test, "table=weights", f"tokens={o.tokens}", f"test={o.windows * WINDOW}", "only==" + ",".join(names)],
+    out = subprocess.run([o.table, o.teacher, o.calibration, o.test, "table=weights", "true_sequential=0", f"tokens={o.tokens}", f"test={o.windows * WINDOW}", "only==" + ",".join(names)],
                          check=True, capture_output=True, text=True).stdout
     rows = {}
     for line in out.splitlines():

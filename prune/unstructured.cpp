@@ -102,12 +102,17 @@ class UnstructuredRun {
     const auto blocks = static_cast<std::int64_t>(model_.blocks.size());
     for (std::int64_t layer = 0; layer < blocks; ++layer) {
       Block& block = model_.blocks[static_cast<std::size_t>(layer)];
+      std::map<BlockPart, SecondMoments> before;  // of the block as it came
+      if (!options_.true_sequential) {
+        for (const BlockPart part : block_parts)
+          if (!sparse_linears(block, part).empty()) before[part] = calibration.moments(layer, part, {});
+        calibration.restart_block();
+      }
       for (const BlockPart part : block_parts) {
         check_interrupted();
-        std::vector<Linear*> linears = part_linears(block, part);
-        std::erase_if(linears, [&](const Linear* linear) { return dense_.count(linear->name) > 0; });
+        const std::vector<Linear*> linears = sparse_linears(block, part);
         if (linears.empty()) continue;
-        const SecondMoments moments = calibration.moments(layer, part, {});
+        const SecondMoments moments = options_.true_sequential ? calibration.moments(layer, part, {}) : std::move(before.at(part));
         const InputMetric metric = needs_ == InputStatistics::moments ? input_metric(moments.hessian, options_.damping, criterion_.needs == InputStatistics::moments) : InputMetric{};
         if (const std::string& path = metric.factor.path; path.find(',') != std::string::npos || path == "diagonal")
           log_warning(str(context_.title, ": ", linears.front()->name, ": ", path, " (damping ", shortest(metric.factor.damping), ")"));
@@ -116,6 +121,12 @@ class UnstructuredRun {
       if (layer + 1 < blocks) calibration.advance(layer, {});
       for (const NamedParameter& parameter : block_parameters(block)) release_pages(*parameter.value);
     }
+  }
+
+  std::vector<Linear*> sparse_linears(Block& block, BlockPart part) const {
+    std::vector<Linear*> linears = part_linears(block, part);
+    std::erase_if(linears, [&](const Linear* linear) { return dense_.count(linear->name) > 0; });
+    return linears;
   }
 
   void prune(Linear& linear, const SecondMoments& moments, const InputMetric& metric) {
@@ -177,6 +188,7 @@ void fields(FieldVisitor& visitor, UnstructuredOptions& options) {
   visitor.choice("refit", options.refit, "best weights on the chosen places, by least squares (exact), or as the criterion leaves them", {"none", "exact"});
   visitor.number("damping", options.damping, "sparsegpt and refit: share of the mean input energy added to every input's", {.min = 0.0, .max = 1.0});
   visitor.integer("block", options.block, "sparsegpt: columns whose places are chosen together", {.min = 1.0});
+  visitor.flag("true_sequential", options.true_sequential, "inputs of a matrix come through the pruned matrices of its own block too, as in kompakt's other methods; false: as the authors of Wanda and SparseGPT do");
   visitor.texts("skip", options.skip, "patterns of linears that stay dense (* = anything)");
 }
 

@@ -23,6 +23,7 @@ struct UnstructuredOptions {
   std::string refit = "none";       // none | exact
   double damping = 0.01;
   std::int64_t block = 128;
+  bool true_sequential = true;      // inputs of a matrix behind the pruned matrices of its own block; false: behind those of earlier blocks
   std::vector<std::string> skip;    // patterns of linear names that stay dense
 };
 void fields(FieldVisitor& visitor, UnstructuredOptions& options);
@@ -46,7 +47,7 @@ std::span<const WeightCriterion> weight_criteria();
 const WeightCriterion* find_weight_criterion(std::string_view name);
 std::vector<std::string> weight_criterion_names();
 
-// Linears of blocks, block by block and part by part: inputs are those of the model pruned so far; one block of weights and the
+// Linears of blocks, block by block and, with true_sequential, part by part: inputs are those of the model pruned so far; one block of weights and the
 // activations in front of it are in memory. `sequences`: calibration windows or training examples.
 void prune_unstructured(Transformer& model, const UnstructuredOptions& options, std::int64_t sequences, StageContext& context);
 

@@ -122,6 +122,33 @@ TEST_CASE("compensation lowers the output error, the refit lowers it further") {
   CHECK(refit < swept);
 }
 
+TEST_CASE("true_sequential: off, the matrices of a block see the inputs of the block as it came") {
+  const auto masks_of = [](bool sequential) {
+    SparseStage stage("order", tiny_text());
+    const auto model = tiny_decoder(3);
+    prune(*model, sparse_options(std::string("{unstructured: {sparsity: 0.5, criterion: wanda, true_sequential: ") + (sequential ? "true" : "false") + "}, samples: 40}"), {}, stage.context);
+    return stage.context.masks;
+  };
+  const auto together = masks_of(false), sequential = masks_of(true);
+  SparseStage stage("order", tiny_text());
+  const auto model = tiny_decoder(3);
+  const CalibrationSet set = calibration_set(stage.context, 40);
+  CalibrationOptions options;
+  options.squares_only = true;
+  SequentialCalibration calibration(*model, set, options);
+  calibration.start();
+  int differ = 0;
+  for (const BlockPart part : block_parts) {
+    const SecondMoments moments = calibration.moments(0, part, {});
+    for (Linear* linear : part_linears(model->blocks[0], part)) {
+      CHECK(at::equal(together.at(linear->name), wanda_mask(linear->weight.detach(), moments.square, SparsityPattern{0.5})));
+      if (part == BlockPart::attention) CHECK(at::equal(together.at(linear->name), sequential.at(linear->name)));
+      else differ += !at::equal(together.at(linear->name), sequential.at(linear->name));
+    }
+  }
+  CHECK(differ > 0);
+}
+
 TEST_CASE("masks stay exactly zero through training, an interruption and its resume, to the same bytes") {
   TrainOptions options;
   options.steps = 8;
