@@ -61,7 +61,7 @@ RunOutcome RunSession::work() {
     check_interrupted();
     const RecipeStage& stage = recipe_.stages[index];
     if (stage.row->name != "evaluate") run_stage(stage, index, stage_key(stage, index));
-    stopped = !options_.until.empty() && (options_.until == stage.title || options_.until == stage.row->name);
+    stopped = index + 1 < recipe_.stages.size() && !options_.until.empty() && (options_.until == stage.title || options_.until == stage.row->name);
   }
   RunOutcome outcome;
   outcome.folder = folder_;
@@ -69,14 +69,15 @@ RunOutcome RunSession::work() {
   if (manifest_["teacher"].is_null() && !stopped) manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
 
   Json gates = Json::array();
-  for (const std::string& gate : recipe_.gates) gates.push_back(gate);
+  if (stopped && !recipe_.gates.empty()) log_info(str("gates are not checked: the run stopped after ", options_.until));
+  else for (const std::string& gate : recipe_.gates) gates.push_back(gate);
   manifest_["gates"] = gates;
   manifest_["warnings"] = warnings();
   write_manifest();
   write_report(folder_);
   outcome.report = read_json(folder_ / "report.json");
   outcome.did_nothing = worked_ == 0;
-  if (!stopped && !recipe_.gates.empty() && !all_met(evaluate_gates(outcome.report, recipe_.gates))) outcome.code = ExitCode::gate;
+  if (!gates.empty() && !all_met(evaluate_gates(outcome.report, recipe_.gates))) outcome.code = ExitCode::gate;
   std::error_code ignored;
   fs::remove_all(folder_ / "work", ignored);
   log_metric("end", Json{{"worked", worked_}});

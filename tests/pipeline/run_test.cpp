@@ -140,6 +140,15 @@ TEST_CASE("--until stops after a stage and leaves no artifact", "[run]") {
   CHECK(contains_all(error_text([&] { run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("b"), .until = "prunee"}); }), {"prunee", "did you mean \"prune\""}));
 }
 
+TEST_CASE("a run that stops early leaves its gates unchecked; one that stops after its last stage does not", "[run]") {
+  TinySetting tiny;
+  tiny.write_recipe("\n  - finetune: {epochs: 0.1, batch_size: 8}\n  - export: {}\n", "gates: [\"artifact.bytes <= 1\"]\n");
+  const RunOutcome early = run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("a"), .until = "finetune"});
+  CHECK(early.code == ExitCode::ok);
+  CHECK(early.report.at("gates").empty());
+  CHECK(run_recipe(read_recipe(tiny.recipe()), {.out = tiny.out("b"), .until = "export"}).code == ExitCode::gate);
+}
+
 TEST_CASE("plan carries shapes through all stages and computes nothing", "[plan]") {
   TinySetting tiny;
   const Recipe recipe = read_recipe(tiny.recipe());
