@@ -200,7 +200,7 @@ int main(int argc, char** argv) {
   context.data = &data;
   context.details = &details;
   const auto student = make_student(*teacher, shape);
-  if (cache) cache_alone(*student, teacher, data, batch, length, steps, work.path() / "cache");
+  if (cache) cache_alone(*student, teacher, data, batch, length, steps, work.path() / "alone");
   const std::unique_ptr<TeacherSource> source = cache ? sparse_teacher(teacher, data, length, options.cache, work.path() / "cache") : live_teacher(teacher);
   ClockedTeacher clock(*source);
   context.teacher = &clock;

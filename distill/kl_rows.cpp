@@ -91,8 +91,9 @@ KOMPAKT_LANES_INLINE KlRow kl_row(R* s, R* t, std::int64_t size, bool gradient, 
   }
   const double gap = std::log(q) - std::log(p);
   if (gradient) {
-    const R of_q = static_cast<R>(scale / q), of_p = static_cast<R>(scale / p);
-    for (std::int64_t j = 0; j < size; ++j) s[j] = s[j] * of_q - t[j] * of_p;
+    // In this form rows that are equal give exact zeros, with fused multiply-add too.
+    const R of_q = static_cast<R>(scale / q), ratio = static_cast<R>(q / p);
+    for (std::int64_t j = 0; j < size; ++j) s[j] = (s[j] - t[j] * ratio) * of_q;
   }
   return {pd / p + gap, -qd / q - gap};
 }
