@@ -49,7 +49,7 @@ decayed = [p for p in student.parameters() if p.dim() == 2 and p is not student.
 others = [p for p in student.parameters() if not any(p is d for d in decayed)]
 optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=1e-4, betas=(0.9, 0.98), eps=1e-6, fused=True)
 reset_peak()
-base, losses, start, cpu = memory("VmRSS"), [], time.time(), time.process_time()
+base, losses, marks, start, cpu = memory("VmRSS"), [], [], time.time(), time.process_time()
 for batch in ids:
     with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
         with torch.no_grad():
@@ -60,9 +60,12 @@ for batch in ids:
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
+    marks.append(time.process_time())
+each = [b - a for a, b in zip([cpu] + marks, marks)]
 cpu, seconds = time.process_time() - cpu, time.time() - start
 print(f"{args.steps} steps of {args.batch} x {args.length}, {args.precision}: {count / cpu:.1f} tokens per cpu second ({count / seconds:.1f} a second), "
       f"peak {memory('VmHWM'):.0f} MiB, {base:.0f} MiB of them for models that were there")
+print("cpu seconds of the steps:", *(f"{x:.2f}" for x in each), f"; the fastest is {args.batch * args.length / min(each):.1f} tokens a cpu second")
 print("losses", *(f"{x:.5f}" for x in losses), "(rows in another order than the C++ side's: compare their mean)")
 
 rows = args.batch * args.length

@@ -10,6 +10,9 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "distill/kl_rows.h"
+#include "model/products.h"
+
 namespace kompakt {
 namespace {
 
@@ -36,6 +39,15 @@ SparseTargets fused_sparse_rows(const SparseTargets& all, const Tensor& valid, s
   return {rows(all.ids), rows(all.log_p), rows(all.log_rest), rows(all.draws), rows(all.draw_log_p), all.vocabulary};
 }
 
+// x w^T as `sums`, in the buffer where the type allows. `part`: fewer rows than the buffer holds.
+Tensor fused_product(const Tensor& x, const Tensor& w, at::ScalarType sums, Tensor& buffer, bool part) {
+  if (x.scalar_type() != sums) return at::mm(x, w.t()).to(sums);
+  if (!buffer.defined()) buffer = at::empty({x.size(0), w.size(0)}, x.options());
+  Tensor out = part ? buffer.narrow(0, 0, x.size(0)) : buffer;
+  matrix_product(out, x, w.t());
+  return out;
+}
+
 struct FusedFunction : torch::autograd::Function<FusedFunction> {
   static variable_list forward(torch::autograd::AutogradContext* context, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedCall* call) {
     const at::ScalarType type = fused_product_type(hidden);
@@ -49,42 +61,51 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
     const Tensor tw = teacher.logits.defined() || teacher.sparse ? Tensor() : teacher.weight.detach().to(type);
     const std::int64_t rows = call->valid.defined() ? call->valid.numel() : h.size(0);
 
-    Tensor grad_hidden = to_hidden ? at::zeros(h.sizes(), h.options().dtype(sums)) : Tensor();
-    Tensor grad_weight = to_weight ? at::zeros(w.sizes(), w.options().dtype(sums)) : Tensor();
+    Tensor grad_hidden = to_hidden ? at::empty(h.sizes(), h.options().dtype(sums)) : Tensor();
+    if (to_hidden && call->valid.defined()) grad_hidden.zero_();  // rows that do not count
+    Tensor grad_weight = to_weight ? at::empty(w.sizes(), w.options().dtype(sums)) : Tensor();
+    if (to_weight && rows == 0) grad_weight.zero_();
     Tensor grad_bias = to_bias ? at::zeros(b.sizes(), b.options()) : Tensor();
     Tensor values = at::zeros({static_cast<std::int64_t>(call->terms.size()) + 2}, h.options().dtype(at::kDouble));
+    Tensor logit_buffer, target_buffer;  // of all chunks, where nobody keeps what is in them
     for (std::int64_t begin = 0; begin < rows; begin += call->chunk) {
       const std::int64_t size = std::min(call->chunk, rows - begin);
       const Tensor x = fused_rows(h, call->valid, begin, size);
-      Tensor logits = at::mm(x, w.t()).to(sums);
+      Tensor logits = fused_product(x, w, sums, logit_buffer, size < std::min(rows, call->chunk));
       if (b.defined()) logits.add_(b);
       LogitSums part;
+      bool divided = false;
       if (teacher.sparse) {
         part = evaluate_sparse_terms(call->terms, logits, fused_sparse_rows(*teacher.sparse, call->valid, begin, size), call->vocabulary, gradient);
       } else {
+        const bool by_rows = !call->loss && fits_kl_rows(call->terms, logits);
         Tensor target;
         if (teacher.logits.defined()) {
           target = fused_rows(teacher.logits.detach(), call->valid, begin, size);
+          if (by_rows) target = target.to(sums, /*non_blocking=*/false, /*copy=*/true).contiguous();
         } else {
-          target = at::mm(fused_rows(teacher.hidden.detach(), call->valid, begin, size).to(type), tw.t()).to(sums);
+          target = fused_product(fused_rows(teacher.hidden.detach(), call->valid, begin, size).to(type), tw, sums, target_buffer, size < std::min(rows, call->chunk));
           if (teacher.bias.defined()) target.add_(teacher.bias.detach().to(sums));
         }
-        part = call->loss ? (*call->loss)(logits, target, gradient) : evaluate_terms(call->terms, logits, target, call->vocabulary, gradient);
+        if (by_rows) part = evaluate_kl_rows(call->terms[0], logits, target, call->vocabulary, gradient, 1 / call->divisor);
+        else part = call->loss ? (*call->loss)(logits, target, gradient) : evaluate_terms(call->terms, logits, target, call->vocabulary, gradient);
+        divided = by_rows;
       }
       logits.reset();
       values.add_(part.values);
       if (!gradient) continue;
-      part.gradient.div_(call->divisor);
+      if (!divided) part.gradient.div_(call->divisor);
       if (to_bias) grad_bias.add_(part.gradient.sum(0));
       const Tensor d = part.gradient.to(type);
       if (to_hidden) {
-        const Tensor dx = at::mm(d, w).to(sums);
-        if (call->valid.defined()) grad_hidden.index_copy_(0, call->valid.narrow(0, begin, size), dx);
-        else grad_hidden.narrow(0, begin, size).copy_(dx);
+        Tensor to = grad_hidden.narrow(0, begin, size);
+        if (call->valid.defined()) grad_hidden.index_copy_(0, call->valid.narrow(0, begin, size), at::mm(d, w).to(sums));
+        else if (type == sums) matrix_product(to, d, w);
+        else to.copy_(at::mm(d, w));
       }
       if (to_weight) {
-        if (type == sums) grad_weight.addmm_(d.t(), x);
-        else grad_weight.add_(at::mm(d.t(), x));
+        if (type != sums) begin == 0 ? grad_weight.copy_(at::mm(d.t(), x)) : grad_weight.add_(at::mm(d.t(), x));
+        else matrix_product(grad_weight, d.t(), x, begin > 0);
       }
     }
     variable_list saved;
@@ -97,7 +118,9 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
   }
   static variable_list backward(torch::autograd::AutogradContext* context, variable_list gradients) {
     variable_list out;
-    for (const Tensor& saved : context->get_saved_variables()) out.push_back(saved.defined() ? saved * gradients.at(0).to(saved.scalar_type()) : Tensor());
+    // The whole loss alone is the usual case, and its factor 1 is worth the look: the head's gradient is the largest of all.
+    const bool whole = gradients.at(0).is_cpu() && gradients.at(0).item<double>() == 1;
+    for (const Tensor& saved : context->get_saved_variables()) out.push_back(!saved.defined() || whole ? saved : saved * gradients.at(0).to(saved.scalar_type()));
     out.push_back({});
     return out;
   }

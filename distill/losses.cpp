@@ -122,7 +122,7 @@ Divergence losses_ranking(const LogitPair& pair, const LogitLossOptions& options
 }
 
 constexpr std::array<LogitLoss, 9> losses_table{{
-    {.name = "forward_kl", .summary = "KL(teacher || student): the student must cover all that the teacher finds likely", .shift_invariant = true, .partition = true, .linear_in_teacher = true, .evaluate = losses_forward_kl},
+    {.name = "forward_kl", .summary = "KL(teacher || student): the student must cover all that the teacher finds likely", .shift_invariant = true, .partition = true, .linear_in_teacher = true, .by_rows = true, .evaluate = losses_forward_kl},
     {.name = "reverse_kl", .summary = "KL(student || teacher): the student may drop modes but must not invent any", .shift_invariant = true, .partition = true, .evaluate = losses_reverse_kl},
     {.name = "generalized_jsd", .summary = "generalized Jensen-Shannon divergence with weight beta (GKD)", .uses_beta = true, .shift_invariant = true, .partition = true, .evaluate = losses_jsd},
     {.name = "skew_forward_kl", .summary = "KL(teacher || mixture of both) with share lambda (DistiLLM)", .uses_lambda = true, .shift_invariant = true, .partition = true, .evaluate = losses_skew_forward},

@@ -64,6 +64,7 @@ struct LogitLoss {
   // Defined on probabilities alone, so that it also compares the likeliest tokens and the rest as one: what a teacher cache holds.
   bool partition = false;
   bool linear_in_teacher = false;  // its gradient is linear in the teacher's probabilities: an unbiased sample of those suffices
+  bool by_rows = false;  // evaluate_kl_rows() computes it too
   // Masked columns hold a large negative finite number in both sides.
   Divergence (*evaluate)(const LogitPair& pair, const LogitLossOptions& options, bool gradient) = nullptr;
 };

@@ -9,6 +9,8 @@
 
 #include "core/text.h"
 #include "model/families.h"
+#include "model/pointwise.h"
+#include "model/products.h"
 #include "model/recompute.h"
 #include "model/rope.h"
 #include "model/short_attention.h"
@@ -52,6 +54,11 @@ at::Tensor forward_activate(std::string_view name, const at::Tensor& x) {
   throw std::logic_error("unknown activation " + std::string(name));
 }
 
+at::Tensor forward_gated(std::string_view name, const at::Tensor& gate, const at::Tensor& up) {
+  if (name == "silu" && fits_pointwise(gate) && gate.scalar_type() == up.scalar_type()) return gated_silu(gate, up);
+  return forward_activate(name, gate) * up;
+}
+
 // softmax(q k^T scale + mask) v; q [B,H,T,hd], k and v [B,H,S,hd] -> [B,T,H*hd]. `lengths` says the same as the mask where only
 // padding is masked; `plain` promises that.
 // The fused kernel for what short_attention does not take: against matmul + softmax + matmul in float32 on one AVX2 core
@@ -78,6 +85,17 @@ bool forward_taps_inside(const Block& block, std::int64_t layer, const TapSink* 
   return false;
 }
 
+// The residual stream h with what the down projection gave.
+at::Tensor forward_join(const Family& family, const Block& block, const at::Tensor& h, const at::Tensor& out) {
+  const at::Tensor m = family.sandwich_norms ? block.post_mlp_norm.forward(out) : out;
+  return family.post_norm ? block.mlp_norm.forward(h + m) : h + m;
+}
+
+// True when somebody looks at what the down projection reads or gives.
+bool forward_wants_inner(const Mlp& mlp, std::int64_t layer, const TapSink* taps) {
+  return taps && (taps->wants(str("layer.", layer, ".ffn")) || taps->wants("input:" + mlp.down.name) || taps->wants("output:" + mlp.down.name));
+}
+
 // Grouped queries: every key/value head serves heads/kv_heads query heads. [B,Hkv,S,hd] -> [B,H,S,hd].
 at::Tensor forward_repeat_heads(const at::Tensor& x, std::int64_t times) {
   if (times == 1) return x;
@@ -93,7 +111,8 @@ at::Tensor Norm::forward(const at::Tensor& x) const {
   const auto type = x.scalar_type();
   const bool low = type == at::kHalf || type == at::kBFloat16;
   const at::Tensor wide = low ? x.to(at::kFloat) : x;
-  const at::Tensor y = at::rms_norm(wide, shape, plus_one ? weight + 1 : weight, eps);
+  const bool ours = fits_pointwise(wide) && weight.scalar_type() == wide.scalar_type() && wide.size(-1) == weight.numel();
+  const at::Tensor y = ours ? rms_norm_rows(wide, weight, plus_one ? 1 : 0, eps) : at::rms_norm(wide, shape, plus_one ? weight + 1 : weight, eps);
   return low ? y.to(type) : y;
 }
 
@@ -231,22 +250,30 @@ at::Tensor Transformer::mlp_input(std::int64_t layer, const at::Tensor& h) const
 at::Tensor Transformer::mlp_inner(std::int64_t layer, const at::Tensor& in, TapSink* taps) const {
   const std::string_view activation = config_.family->activation;
   const Mlp& mlp = blocks[static_cast<std::size_t>(layer)].mlp;
-  at::Tensor inner = forward_activate(activation, (mlp.gate.weight.defined() ? mlp.gate : mlp.up).forward(in, taps));
-  if (mlp.gate.weight.defined()) inner = inner * mlp.up.forward(in, taps);
+  const at::Tensor first = (mlp.gate.weight.defined() ? mlp.gate : mlp.up).forward(in, taps);
+  at::Tensor inner;
+  if (!mlp.gate.weight.defined()) inner = forward_activate(activation, first);
+  else inner = forward_gated(activation, first, mlp.up.forward(in, taps));
   return mlp.sub_norm.weight.defined() ? mlp.sub_norm.forward(inner) : inner;
 }
 
 at::Tensor Transformer::after_mlp(std::int64_t layer, const at::Tensor& h, const at::Tensor& inner, TapSink* taps) const {
-  const Family& family = *config_.family;
   const Block& block = blocks[static_cast<std::size_t>(layer)];
-  at::Tensor m = block.mlp.down.forward(inner, taps);
-  if (family.sandwich_norms) m = block.post_mlp_norm.forward(m);
-  return family.post_norm ? block.mlp_norm.forward(h + m) : h + m;
+  return forward_join(*config_.family, block, h, block.mlp.down.forward(inner, taps));
 }
 
 at::Tensor Transformer::run_block(std::int64_t layer, const at::Tensor& x, const Context& context, TapSink* taps, KvCache* cache) const {
   forward_offer(taps, layer, "input", x);
   const at::Tensor h = after_attention(layer, x, attend(layer, attention_input(layer, x), context, taps, cache), taps);
+  const Block& block = blocks[static_cast<std::size_t>(layer)];
+  const Mlp& mlp = block.mlp;
+  if (config_.family->activation == std::string_view("silu") && mlp.gate.weight.defined() && !mlp.sub_norm.weight.defined() && !mlp.down.input_transform && !mlp.down.side && !forward_wants_inner(mlp, layer, taps)) {
+    const at::Tensor in = mlp_input(layer, h), gate = mlp.gate.forward(in, taps), up = mlp.up.forward(in, taps), weight = mlp.down.effective_weight();
+    const at::Tensor m = fits_gated_linear(gate, up, weight) ? gated_linear(gate, up, weight, mlp.down.bias) : at::Tensor();
+    const at::Tensor y = m.defined() ? forward_join(*config_.family, block, h, m) : after_mlp(layer, h, forward_gated("silu", gate, up), taps);
+    forward_offer(taps, layer, "output", y);
+    return y;
+  }
   const at::Tensor inner = mlp_inner(layer, mlp_input(layer, h), taps);  // [B,T,f]
   forward_offer(taps, layer, "ffn", inner);
   const at::Tensor y = after_mlp(layer, h, inner, taps);

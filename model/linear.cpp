@@ -6,6 +6,8 @@
 
 #include <stdexcept>
 
+#include "model/products.h"
+
 namespace kompakt {
 
 at::Tensor Linear::effective_weight() const { return transform ? transform(weight) : weight; }
@@ -15,7 +17,7 @@ at::Tensor Linear::forward(const at::Tensor& x, TapSink* taps) const {
     const std::string tap = "input:" + name;
     if (taps->wants(tap)) taps->put(tap, x);
   }
-  at::Tensor y = at::linear(input_transform ? input_transform(x) : x, effective_weight(), bias);
+  at::Tensor y = linear_product(input_transform ? input_transform(x) : x, effective_weight(), bias);
   if (side) y = y + side(x);
   if (taps) {
     const std::string tap = "output:" + name;

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <numbers>
 
+#include "model/pointwise.h"
+
 namespace kompakt {
 
 namespace {
@@ -68,6 +70,7 @@ RopeTables rope_tables(const RopeConfig& rope, std::int64_t head_dim, const at::
 }
 
 at::Tensor apply_rope(const at::Tensor& x, const RopeTables& tables) {
+  if (fits_pointwise(x) && x.dim() == 4 && x.size(-1) % 2 == 0 && tables.cos.scalar_type() == x.scalar_type()) return rotate_halves(x, tables.cos, tables.sin);
   const std::int64_t half = x.size(-1) / 2;
   const at::Tensor rotated = at::cat({x.narrow(-1, half, half).neg(), x.narrow(-1, 0, half)}, -1);
   return x * tables.cos + rotated * tables.sin;

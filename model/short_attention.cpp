@@ -6,20 +6,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
+#include "model/lanes.h"
 #include "model/parallel.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-// A feature and not "arch=haswell", which asks for that very processor and leaves all others to the default.
-#define KOMPAKT_ATTENTION_CLONES __attribute__((target_clones("fma", "default")))
-#else
-#define KOMPAKT_ATTENTION_CLONES
-#endif
-#define KOMPAKT_ATTENTION_INLINE inline __attribute__((always_inline))
 
 namespace kompakt {
 namespace {
@@ -27,12 +18,6 @@ namespace {
 // Beyond, the products are large enough for the BLAS. Forward + backward in float32 on two AVX2 cores, 12 heads of 32, against
 // at::scaled_dot_product_attention: 0.6 instead of 4.6 ms at 32 x 16 tokens, 2.7 / 7.7 at 32 x 32, 4.6 / 9.6 at 16 x 64.
 constexpr std::int64_t attention_longest = 64;
-
-template <class R>
-struct AttentionLanes {
-  typedef R Type __attribute__((vector_size(32)));
-  static constexpr std::int64_t count = 32 / sizeof(R);
-};
 
 // One head of one text. Token rows of q, k, v and of their gradients are `stride` apart; rows of `probabilities` are `width`
 // apart, zeros behind the last key.
@@ -46,14 +31,14 @@ struct AttentionHead {
 };
 
 template <class R, int Rows, int Columns>
-KOMPAKT_ATTENTION_INLINE void attention_tile(std::int64_t depth, const R* a, std::int64_t a_row, std::int64_t a_column, const R* b, std::int64_t b_row, R* c, std::int64_t c_row, R scale) {
-  using Lanes = typename AttentionLanes<R>::Type;
-  constexpr std::int64_t count = AttentionLanes<R>::count;
-  Lanes sum[Rows][Columns] = {};
+KOMPAKT_LANES_INLINE void attention_tile(std::int64_t depth, const R* a, std::int64_t a_row, std::int64_t a_column, const R* b, std::int64_t b_row, R* c, std::int64_t c_row, R scale) {
+  using Register = typename Lanes<R>::Type;
+  constexpr std::int64_t count = Lanes<R>::count;
+  Register sum[Rows][Columns] = {};
   for (std::int64_t d = 0; d < depth; ++d) {
-    Lanes right[Columns];
+    Register right[Columns];
 #pragma GCC unroll 4
-    for (int j = 0; j < Columns; ++j) __builtin_memcpy(&right[j], b + d * b_row + j * count, sizeof(Lanes));
+    for (int j = 0; j < Columns; ++j) __builtin_memcpy(&right[j], b + d * b_row + j * count, sizeof(Register));
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
       const R left = a[i * a_row + d * a_column];
@@ -65,14 +50,14 @@ KOMPAKT_ATTENTION_INLINE void attention_tile(std::int64_t depth, const R* a, std
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < Columns; ++j) {
-      const Lanes value = sum[i][j] * scale;
-      __builtin_memcpy(c + i * c_row + j * count, &value, sizeof(Lanes));
+      const Register value = sum[i][j] * scale;
+      __builtin_memcpy(c + i * c_row + j * count, &value, sizeof(Register));
     }
   }
 }
 
 template <class R, int Columns>
-KOMPAKT_ATTENTION_INLINE void attention_columns(std::int64_t rows, std::int64_t depth, const R* a, std::int64_t a_row, std::int64_t a_column, const R* b, std::int64_t b_row, R* c, std::int64_t c_row, R scale) {
+KOMPAKT_LANES_INLINE void attention_columns(std::int64_t rows, std::int64_t depth, const R* a, std::int64_t a_row, std::int64_t a_column, const R* b, std::int64_t b_row, R* c, std::int64_t c_row, R scale) {
   std::int64_t i = 0;
   for (; i + 4 <= rows; i += 4) attention_tile<R, 4, Columns>(depth, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, scale);
   for (; i < rows; ++i) attention_tile<R, 1, Columns>(depth, a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, scale);
@@ -80,8 +65,8 @@ KOMPAKT_ATTENTION_INLINE void attention_columns(std::int64_t rows, std::int64_t 
 
 // c [rows, columns] = scale a [rows, depth] b [depth, columns]; columns fill whole registers.
 template <class R>
-KOMPAKT_ATTENTION_INLINE void attention_product(std::int64_t rows, std::int64_t columns, std::int64_t depth, const R* a, std::int64_t a_row, std::int64_t a_column, const R* b, std::int64_t b_row, R* c, std::int64_t c_row, R scale) {
-  constexpr std::int64_t count = AttentionLanes<R>::count;
+KOMPAKT_LANES_INLINE void attention_product(std::int64_t rows, std::int64_t columns, std::int64_t depth, const R* a, std::int64_t a_row, std::int64_t a_column, const R* b, std::int64_t b_row, R* c, std::int64_t c_row, R scale) {
+  constexpr std::int64_t count = Lanes<R>::count;
   std::int64_t j = 0;
   for (; j + 2 * count <= columns; j += 2 * count) attention_columns<R, 2>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, scale);
   for (; j < columns; j += count) attention_columns<R, 1>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, scale);
@@ -89,7 +74,7 @@ KOMPAKT_ATTENTION_INLINE void attention_product(std::int64_t rows, std::int64_t 
 
 // [tokens, size] -> [size, width], zeros behind the last token.
 template <class R>
-KOMPAKT_ATTENTION_INLINE void attention_transpose(const AttentionHead<R>& head, const R* from, R* to) {
+KOMPAKT_LANES_INLINE void attention_transpose(const AttentionHead<R>& head, const R* from, R* to) {
   for (std::int64_t d = 0; d < head.size; ++d) {
     R* row = to + d * head.width;
     for (std::int64_t t = 0; t < head.tokens; ++t) row[t] = from[t * head.stride + d];
@@ -97,46 +82,18 @@ KOMPAKT_ATTENTION_INLINE void attention_transpose(const AttentionHead<R>& head, 
   }
 }
 
-// e^x of a register for x <= 0: 2^n e^r with |r| <= ln(2)/2 (Cephes, relative error below 2e-7). Below the smallest normal
-// number the result stays there, which is nothing beside the largest probability of a row.
-template <class R>
-KOMPAKT_ATTENTION_INLINE void attention_exp(typename AttentionLanes<R>::Type& x) {
-  using Lanes = typename AttentionLanes<R>::Type;
-  if constexpr (std::is_same_v<R, float>) {
-    typedef std::int32_t Integers __attribute__((vector_size(32)));
-    constexpr float magic = 12582912.0f;  // adding it rounds to an integer
-    Lanes lowest = {};
-    lowest += -87.0f;
-    x = x > lowest ? x : lowest;
-    const Lanes n = (x * 1.44269504088896341f + magic) - magic;
-    const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
-    Lanes power;
-    __builtin_memcpy(&power, &exponent, sizeof power);
-    x = p * power;
-  } else {
-    for (std::int64_t i = 0; i < AttentionLanes<R>::count; ++i) x[i] = std::exp(x[i]);
-  }
-}
-
 // Scores to probabilities, in place.
 template <class R>
-KOMPAKT_ATTENTION_INLINE void attention_softmax(R* row, std::int64_t keys, std::int64_t tokens, std::int64_t width) {
-  using Lanes = typename AttentionLanes<R>::Type;
-  constexpr std::int64_t count = AttentionLanes<R>::count;
+KOMPAKT_LANES_INLINE void attention_softmax(R* row, std::int64_t keys, std::int64_t tokens, std::int64_t width) {
+  using Register = typename Lanes<R>::Type;
+  constexpr std::int64_t count = Lanes<R>::count;
   if (keys == 0) {
     for (std::int64_t t = 0; t < tokens; ++t) row[t] = R(1) / static_cast<R>(tokens);
     for (std::int64_t t = tokens; t < width; ++t) row[t] = 0;
     return;
   }
   for (std::int64_t t = keys; t < width; ++t) row[t] = row[0];  // changes no maximum
-  Lanes largest, sum = {}, x;
+  Register largest, sum = {}, x;
   __builtin_memcpy(&largest, row, sizeof largest);
   for (std::int64_t t = count; t < width; t += count) {
     __builtin_memcpy(&x, row + t, sizeof x);
@@ -147,7 +104,7 @@ KOMPAKT_ATTENTION_INLINE void attention_softmax(R* row, std::int64_t keys, std::
   for (std::int64_t t = 0; t < width; t += count) {
     __builtin_memcpy(&x, row + t, sizeof x);
     x -= top;
-    attention_exp<R>(x);
+    lanes_exp<R>(x);
     __builtin_memcpy(row + t, &x, sizeof x);
   }
   for (std::int64_t t = keys; t < width; ++t) row[t] = 0;
@@ -164,7 +121,7 @@ KOMPAKT_ATTENTION_INLINE void attention_softmax(R* row, std::int64_t keys, std::
 }
 
 template <class R>
-KOMPAKT_ATTENTION_INLINE void attention_forward(const AttentionHead<R>& head, R* out) {
+KOMPAKT_LANES_INLINE void attention_forward(const AttentionHead<R>& head, R* out) {
   attention_transpose(head, head.k, head.scratch);
   attention_product<R>(head.tokens, head.width, head.size, head.q, head.stride, 1, head.scratch, head.width, head.probabilities, head.width, head.scale);
   for (std::int64_t t = 0; t < head.tokens; ++t) attention_softmax(head.probabilities + t * head.width, head.keys, head.tokens, head.width);
@@ -173,7 +130,7 @@ KOMPAKT_ATTENTION_INLINE void attention_forward(const AttentionHead<R>& head, R*
 
 // With P the probabilities: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
 template <class R>
-KOMPAKT_ATTENTION_INLINE void attention_backward(const AttentionHead<R>& head, const R* gradient, R* dq, R* dk, R* dv) {
+KOMPAKT_LANES_INLINE void attention_backward(const AttentionHead<R>& head, const R* gradient, R* dq, R* dk, R* dv) {
   R* scores = head.scratch + head.size * head.width;
   const R* p = head.probabilities;
   attention_transpose(head, head.v, head.scratch);
@@ -190,10 +147,10 @@ KOMPAKT_ATTENTION_INLINE void attention_backward(const AttentionHead<R>& head, c
   attention_product<R>(head.tokens, head.size, head.tokens, scores, 1, head.width, head.q, head.stride, dk, head.stride, head.scale);
 }
 
-KOMPAKT_ATTENTION_CLONES void attention_forward_head(const AttentionHead<float>& head, float* out) { attention_forward(head, out); }
-KOMPAKT_ATTENTION_CLONES void attention_forward_wide(const AttentionHead<double>& head, double* out) { attention_forward(head, out); }
-KOMPAKT_ATTENTION_CLONES void attention_backward_head(const AttentionHead<float>& head, const float* gradient, float* dq, float* dk, float* dv) { attention_backward(head, gradient, dq, dk, dv); }
-KOMPAKT_ATTENTION_CLONES void attention_backward_wide(const AttentionHead<double>& head, const double* gradient, double* dq, double* dk, double* dv) { attention_backward(head, gradient, dq, dk, dv); }
+KOMPAKT_LANES_CLONES void attention_forward_head(const AttentionHead<float>& head, float* out) { attention_forward(head, out); }
+KOMPAKT_LANES_CLONES void attention_forward_wide(const AttentionHead<double>& head, double* out) { attention_forward(head, out); }
+KOMPAKT_LANES_CLONES void attention_backward_head(const AttentionHead<float>& head, const float* gradient, float* dq, float* dk, float* dv) { attention_backward(head, gradient, dq, dk, dv); }
+KOMPAKT_LANES_CLONES void attention_backward_wide(const AttentionHead<double>& head, const double* gradient, double* dq, double* dk, double* dv) { attention_backward(head, gradient, dq, dk, dv); }
 
 // Calls `work(head, offset of its first number in q, k, v and everything of their shape)` for every head of every text.
 template <class R, class Work>
@@ -242,7 +199,7 @@ struct ShortAttention : public torch::autograd::Function<ShortAttention> {
 
   static std::pair<at::Tensor, at::Tensor> run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& lengths, double scale) {
     const at::Tensor q = query.contiguous(), k = key.contiguous(), v = value.contiguous();
-    const std::int64_t lanes = q.scalar_type() == at::kFloat ? AttentionLanes<float>::count : AttentionLanes<double>::count;
+    const std::int64_t lanes = q.scalar_type() == at::kFloat ? Lanes<float>::count : Lanes<double>::count;
     const at::Tensor out = at::empty_like(q), probabilities = at::empty({q.size(0), q.size(2), q.size(1), (q.size(1) + lanes - 1) / lanes * lanes}, q.options());
     const at::Tensor whole = lengths.defined() ? lengths.contiguous() : lengths;
     const auto into = [&](auto zero, const auto& function) {
@@ -263,7 +220,7 @@ struct ShortAttention : public torch::autograd::Function<ShortAttention> {
 bool fits_short_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   const bool real = q.scalar_type() == at::kFloat || q.scalar_type() == at::kDouble;
   return q.is_cpu() && real && k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() && q.dim() == 4 && q.sizes() == k.sizes() && q.sizes() == v.sizes() &&
-         q.size(3) % AttentionLanes<float>::count == 0 && q.size(1) <= attention_longest && q.numel() > 0;
+         q.size(3) % Lanes<float>::count == 0 && q.size(1) <= attention_longest && q.numel() > 0;
 }
 
 at::Tensor short_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& lengths, double scale) {

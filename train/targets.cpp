@@ -38,8 +38,10 @@ ModelInput to_input(const TokenBatch& batch, c10::Device device) {
   // Without padding no mask is needed, which is the fast path of attention.
   const bool padded = std::any_of(batch.lengths.begin(), batch.lengths.end(), [&](std::int64_t length) { return length != batch.columns; });
   if (padded) input.lengths = at::tensor(at::ArrayRef<std::int64_t>(batch.lengths), at::kLong).to(device);
-  if (!batch.documents.empty()) input.documents = matrix(batch.documents);
-  if (!batch.positions.empty()) input.positions = matrix(batch.positions);
+  // Rows of one document each need neither numbers nor positions, and causal attention alone skips half of the scores.
+  const bool parted = std::any_of(batch.documents.begin(), batch.documents.end(), [](std::int64_t document) { return document != 0; });
+  if (parted) input.documents = matrix(batch.documents);
+  if (parted && !batch.positions.empty()) input.positions = matrix(batch.positions);
   return input;
 }
 
