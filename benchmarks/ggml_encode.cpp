@@ -1,7 +1,7 @@
 // Our encoders of ggml's block types on given weights: speed on one thread, and the blocks themselves for another decoder.
 // Called by ggml_encode.py, which runs llama.cpp's quantizer beside it.
 //
-// usage: ggml_encode FOLDER ROWS COLUMNS [SECONDS]
+// usage: ggml_encode FOLDER ROWS COLUMNS [SECONDS [TYPE]]
 // FOLDER holds weights.f32 [ROWS, COLUMNS] and importance.f32 [COLUMNS]; for every type, with importance and without, a line
 //   TYPE plain|weighted exact|grid MILLION_WEIGHTS_PER_SECOND FILE
 // goes to the standard output and the blocks to FOLDER/FILE. exact: ggml's own search, the same bytes; grid: the fit of the
@@ -41,7 +41,7 @@ struct Encoder {
 
 int main(int count, char** arguments) {
   if (count < 4) {
-    std::fprintf(stderr, "usage: ggml_encode FOLDER ROWS COLUMNS [SECONDS]\n");
+    std::fprintf(stderr, "usage: ggml_encode FOLDER ROWS COLUMNS [SECONDS [TYPE]]\n");
     return 2;
   }
   at::set_num_threads(1);
@@ -50,7 +50,7 @@ int main(int count, char** arguments) {
   const double least = count > 4 ? std::stod(arguments[4]) : 0.3;
   const at::Tensor w = read_floats(folder + "/weights.f32", {rows, columns}), importance = read_floats(folder + "/importance.f32", {columns});
   for (const GgmlType& type : ggml_types()) {
-    if (type.block == 1 || columns % type.block != 0) continue;
+    if (type.block == 1 || columns % type.block != 0 || (count > 5 && type.name != arguments[5])) continue;
     std::vector<Encoder> encoders;
     if (type.encode)
       encoders.push_back({"exact", [&](const at::Tensor& weights) {

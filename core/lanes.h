@@ -23,6 +23,16 @@ typedef std::int32_t LaneMask __attribute__((vector_size(32)));
 #define KOMPAKT_LOAD(lanes, pointer) __builtin_memcpy(&(lanes), (pointer), sizeof(Lanes))
 #define KOMPAKT_STORE(pointer, lanes) __builtin_memcpy((pointer), &(lanes), sizeof(Lanes))
 
+// Whole numbers of -128..127 in eight lanes to as many bytes.
+KOMPAKT_INLINE void store_bytes(std::int8_t* out, const Lanes& lanes) {
+  typedef std::int8_t Bytes __attribute__((vector_size(32)));
+  const LaneMask whole = __builtin_convertvector(lanes, LaneMask);
+  Bytes bytes;
+  __builtin_memcpy(&bytes, &whole, sizeof bytes);
+  const Bytes front = __builtin_shuffle(bytes, Bytes{0, 4, 8, 12, 16, 20, 24, 28});  // a conversion would go lane by lane
+  __builtin_memcpy(out, &front, 8);
+}
+
 // Pairwise, in double: the one way in which lanes are summed.
 KOMPAKT_INLINE double sum_lanes(const Lanes& lanes) {
   return ((static_cast<double>(lanes[0]) + lanes[1]) + (static_cast<double>(lanes[2]) + lanes[3])) +

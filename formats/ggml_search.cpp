@@ -43,7 +43,7 @@ KOMPAKT_INLINE void write_codes(int n, const float* x, float low, float inverse,
     Lanes v, code;
     KOMPAKT_LOAD(v, x + i);
     code_lanes((v - low) * inverse, least, largest, code);
-    store_codes(code, codes + i);
+    store_bytes(codes + i, code);
   }
 }
 
@@ -295,7 +295,7 @@ KOMPAKT_LANES void nearest_codes(int n, const float* x, float shift, float scale
     Lanes v, code;
     KOMPAKT_LOAD(v, x + i);
     code_lanes((v + shift) / scale, least, largest, code);
-    store_codes(code, codes + i);
+    store_bytes(codes + i, code);
   }
 }
 

@@ -19,14 +19,4 @@ KOMPAKT_INLINE void code_lanes(const Lanes& v, int low, int high, Lanes& code) {
   code = __builtin_convertvector(bits, Lanes);
 }
 
-// Numbers of eight lanes to bytes.
-KOMPAKT_INLINE void store_codes(const Lanes& code, std::int8_t* out) {
-  typedef std::int8_t Bytes32 __attribute__((vector_size(32)));
-  const LaneMask whole = __builtin_convertvector(code, LaneMask);
-  Bytes32 bytes;
-  __builtin_memcpy(&bytes, &whole, sizeof bytes);
-  const Bytes32 front = __builtin_shuffle(bytes, Bytes32{0, 4, 8, 12, 16, 20, 24, 28});
-  __builtin_memcpy(out, &front, 8);
-}
-
 }  // namespace kompakt::ggml_search
