@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <fstream>
 #include <functional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -34,7 +35,7 @@ at::Tensor read_floats(const std::string& path, std::vector<std::int64_t> shape)
 
 struct Encoder {
   std::string how;
-  std::function<std::vector<std::byte>(const at::Tensor& importance)> run;
+  std::function<std::span<const std::byte>(const at::Tensor& importance)> run;  // what it returns holds until the next run
 };
 
 }  // namespace
@@ -53,8 +54,7 @@ int main(int count, char** arguments) {
     if (type.block == 1 || columns % type.block != 0 || (count > 5 && type.name != arguments[5])) continue;
     std::vector<Encoder> encoders;
     if (type.encode)
-      encoders.push_back({"exact", [&](const at::Tensor& weights) {
-                            std::vector<std::byte> out(static_cast<std::size_t>(rows * columns / type.block * type.bytes));
+      encoders.push_back({"exact", [&, out = std::vector<std::byte>(static_cast<std::size_t>(rows * columns / type.block * type.bytes))](const at::Tensor& weights) mutable {
                             for (std::int64_t r = 0; r < rows; ++r)
                               for (std::int64_t b = 0; b < columns / type.block; ++b) {
                                 const float* from = w.const_data_ptr<float>() + r * columns + b * type.block;
@@ -62,18 +62,22 @@ int main(int count, char** arguments) {
                                 if (weights.defined()) type.encode_weighted(from, weights.const_data_ptr<float>() + b * type.block, to);
                                 else type.encode(from, to);
                               }
-                            return out;
+                            return std::span<const std::byte>(out);
                           }});
     for (const Grid& grid : grids())
       if (grid.group_fixed && grid.ggml_type == type.name) {
         const GridSpec spec{&grid, grid.default_group};
-        encoders.push_back({"grid", [&w, &type, spec](const at::Tensor& weights) { return to_ggml_blocks(type, spec, encode(spec, w, weights)); }});
+        encoders.push_back({"grid", [&w, &type, spec, out = std::vector<std::byte>()](const at::Tensor& weights) mutable {
+                              out = to_ggml_blocks(type, spec, encode(spec, w, weights));
+                              return std::span<const std::byte>(out);
+                            }});
       }
     for (const bool weighted : {false, true})
       for (const Encoder& encoder : encoders) {
         if (weighted && encoder.how == "exact" && !type.encode_weighted) continue;
         const at::Tensor given = weighted ? importance : at::Tensor();
-        const std::vector<std::byte> bytes = encoder.run(given);
+        const std::span<const std::byte> first = encoder.run(given);
+        const std::vector<std::byte> bytes(first.begin(), first.end());
         const double start = cpu_seconds();
         int runs = 0;
         for (; cpu_seconds() - start < least; ++runs) encoder.run(given);
