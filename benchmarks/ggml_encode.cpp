@@ -55,11 +55,12 @@ int main(int count, char** arguments) {
     std::vector<Encoder> encoders;
     if (type.encode)
       encoders.push_back({"exact", [&, out = std::vector<std::byte>(static_cast<std::size_t>(rows * columns / type.block * type.bytes))](const at::Tensor& weights) mutable {
+                            const float* from = w.const_data_ptr<float>();
+                            const float* weight = weights.defined() ? weights.const_data_ptr<float>() : nullptr;
+                            std::byte* to = out.data();
                             for (std::int64_t r = 0; r < rows; ++r)
-                              for (std::int64_t b = 0; b < columns / type.block; ++b) {
-                                const float* from = w.const_data_ptr<float>() + r * columns + b * type.block;
-                                std::byte* to = out.data() + (r * (columns / type.block) + b) * type.bytes;
-                                if (weights.defined()) type.encode_weighted(from, weights.const_data_ptr<float>() + b * type.block, to);
+                              for (std::int64_t b = 0; b < columns; b += type.block, from += type.block, to += type.bytes) {
+                                if (weight) type.encode_weighted(from, weight + b, to);
                                 else type.encode(from, to);
                               }
                             return std::span<const std::byte>(out);
