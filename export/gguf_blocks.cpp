@@ -91,13 +91,17 @@ std::vector<std::byte> to_ggml_blocks(const GgmlType& type, const GridSpec& spec
   const at::Tensor scales = values.scales.to(at::kCPU, at::kFloat).contiguous();
   const at::Tensor offsets = values.offsets.defined() ? values.offsets.to(at::kCPU, at::kFloat).contiguous() : at::Tensor();
   std::vector<std::byte> out(static_cast<std::size_t>(rows * blocks * type.bytes));
+  const std::int64_t groups = scales.size(1);
+  const std::int8_t* code = codes.const_data_ptr<std::int8_t>();
+  const float* ds = scales.const_data_ptr<float>();
+  const float* ms = offsets.defined() ? offsets.const_data_ptr<float>() : nullptr;
   for (std::int64_t row = 0; row < rows; ++row) {
     for (std::int64_t block = 0; block < blocks; ++block) {
-      const std::int64_t scale = row * scales.size(1) + block * type.block / group;
-      const float d = scales.const_data_ptr<float>()[scale], m = offsets.defined() ? offsets.const_data_ptr<float>()[scale] : 0.0f;
+      const std::int64_t scale = row * groups + block * type.block / group;
+      const float d = ds[scale], m = ms ? ms[scale] : 0.0f;
       const std::uint16_t half_d = float_to_half(d), half_m = float_to_half(m);
       if (half_to_float(half_d) != d || half_to_float(half_m) != m) throw std::logic_error("to_ggml_blocks: a scale is not a half");
-      packer->pack(codes.const_data_ptr<std::int8_t>() + row * columns + block * type.block, half_d, half_m, out.data() + static_cast<std::size_t>((row * blocks + block) * type.bytes));
+      packer->pack(code + row * columns + block * type.block, half_d, half_m, out.data() + static_cast<std::size_t>((row * blocks + block) * type.bytes));
     }
   }
   return out;

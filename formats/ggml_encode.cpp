@@ -1,5 +1,5 @@
-// Reference encoders of the legacy and ternary blocks: the bytes of ggml's quantize_row_*_ref, and of its importance-weighted
-// variants. The latter take the block's own mean square where ggml takes the row's: a block is all that is seen here.
+// Reference encoders of the blocks with one scale: the bytes of ggml's quantize_row_*_ref (four and five bits: ggml_encode_plain.cpp),
+// and of its importance-weighted variants. The latter take the block's own mean square where ggml takes the row's: a block is all that is seen here.
 #include <algorithm>
 #include <cmath>
 
@@ -15,31 +15,6 @@ namespace {
 constexpr ggml_search::AffineGrid weighted_grid = {-0.9f, 0.05f, 36, false};
 
 float inverse_or_zero(float d) { return d != 0 ? 1.0f / d : 0.0f; }
-
-// The value of largest magnitude becomes the code -half; the others are rounded by adding half a step and cutting.
-template <int Half, auto Pack>
-void encode_signed(const float* in, std::byte* out) {
-  float low, high;
-  ggml_lanes::extremes(in, 32, low, high);
-  float maximum = high > -low ? high : low;
-  if (high == -low) maximum = high == 0 ? 0.0f : *std::find_if(in, in + 32, [&](float v) { return std::fabs(v) == high; });  // the first of equals
-  const float d = maximum / -Half, inverse = inverse_or_zero(d);
-  std::int8_t codes[32];
-  ggml_lanes::to_codes(in, 32, codes, [&](const ggml_lanes::Floats& v) { return ggml_lanes::clamped(v * inverse + (Half + 0.5f), 0, 2 * Half - 1); });
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::int8_t>(codes[i] - Half);
-  Pack(codes, float_to_half(d), out);
-}
-
-template <int Largest, auto Pack>
-void encode_affine(const float* in, std::byte* out) {
-  float minimum, high;
-  ggml_lanes::extremes(in, 32, minimum, high);
-  if (minimum == 0) minimum = *std::find(in, in + 32, 0.0f);  // the first of zeros gives the sign
-  const float d = (high - minimum) / Largest, inverse = inverse_or_zero(d);
-  std::int8_t codes[32];
-  ggml_lanes::to_codes(in, 32, codes, [&](const ggml_lanes::Floats& v) { return ggml_lanes::clamped((v - minimum) * inverse + 0.5f, 0, Largest); });
-  Pack(codes, float_to_half(d), float_to_half(minimum), out);
-}
 
 // round(w * inverse), half away from zero, within +-most.
 template <int Count>
@@ -94,10 +69,6 @@ void encode_q8_0(const float* in, std::byte* out) {
   pack_q8_0(codes, float_to_half(d), out);
 }
 
-void encode_q4_0(const float* in, std::byte* out) { encode_signed<8, pack_q4_0>(in, out); }
-void encode_q5_0(const float* in, std::byte* out) { encode_signed<16, pack_q5_0>(in, out); }
-void encode_q4_1(const float* in, std::byte* out) { encode_affine<15, pack_q4_1>(in, out); }
-void encode_q5_1(const float* in, std::byte* out) { encode_affine<31, pack_q5_1>(in, out); }
 void encode_tq1_0(const float* in, std::byte* out) { encode_by_magnitude<256, pack_tq1_0>(in, out); }
 void encode_tq2_0(const float* in, std::byte* out) { encode_by_magnitude<256, pack_tq2_0>(in, out); }
 void encode_q2_0(const float* in, std::byte* out) { encode_by_magnitude<64, pack_q2_0>(in, out); }

@@ -51,7 +51,7 @@ void recode_affine(const AffineKind<Block>& kind, const float* in, Block& block)
     const float scale = half_to_float(block.d) * static_cast<float>(block.scales[j]);
     if (scale == 0) continue;
     const float minimum = half_to_float(block.dmin) * static_cast<float>(block.mins[j]);
-    for (int i = kind.group * j; i < kind.group * (j + 1); ++i) block.codes[i] = static_cast<std::int8_t>(std::clamp(ggml_search::nearest_int((in[i] + minimum) / scale), 0, kind.largest));
+    ggml_search::nearest_codes(kind.group, in + kind.group * j, minimum, scale, 0, kind.largest, block.codes + kind.group * j);
   }
 }
 
@@ -116,7 +116,7 @@ void recode_signed(const float* in, int half, Block& block) {
   for (int j = 0; j < 16; ++j) {
     const float scale = half_to_float(block.d) * static_cast<float>(block.scales[j]);
     if (scale == 0) continue;
-    for (int i = 16 * j; i < 16 * (j + 1); ++i) block.codes[i] = static_cast<std::int8_t>(std::clamp(ggml_search::nearest_int(in[i] / scale), -half, half - 1));
+    ggml_search::nearest_codes(16, in + 16 * j, 0, scale, -half, half - 1, block.codes + 16 * j);
   }
 }
 
@@ -148,7 +148,7 @@ void weigh_q6_k(const float* in, const float* weight, std::byte* out) { encode_q
 void encode_q3_k(const float* in, std::byte* out) {
   Q3KBlock block;
   float scales[16];
-  for (int j = 0; j < 16; ++j) scales[j] = ggml_search::symmetric_descent(16, 4, in + 16 * j, block.codes + 16 * j);
+  ggml_search::symmetric_descent(4, in, block.codes, scales);
   if (store_signed(scales, 32, block.scales, &block.d) == 0) std::fill(block.scales, block.scales + 16, std::int8_t{-32});  // ggml leaves the scale bytes at zero
   recode_signed(in, 4, block);
   pack_q3_k(block, out);

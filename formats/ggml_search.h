@@ -1,5 +1,6 @@
 // Searches for the scale (and minimum) of a group that the reference encoders of ggml make. Internal to formats/ggml_*.cpp.
-// Byte-exactness rests on the order of the float operations: sums run forward, in float32, without contraction.
+// Byte-exactness rests on the order of the float operations: sums run forward, in float32, without contraction. Lanes hold eight
+// candidates of one group, or one candidate of eight groups, so every sum keeps that order. n is 8, 16 or 32.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +30,14 @@ float affine_search(int n, int largest, const float* x, const float* weights, co
 // Codes of an all-zero group are -half (ggml's choice). Returns the scale.
 float symmetric_search(int n, int half, const float* x, const float* weights, std::int8_t* codes);
 
-// The same without a grid: up to five coordinate passes from the scale -half / (signed maximum), weights x^2.
-float symmetric_descent(int n, int half, const float* x, std::int8_t* codes);
+// The same without a grid, for the 16 groups of 16 of a super-block: up to five coordinate passes from the scale -half / (signed
+// maximum), weights x^2. x and codes [256], scales [16].
+void symmetric_descent(int half, const float* x, std::int8_t* codes, float* scales);
 
 // Non-negative x ~ scale * code with codes 0..largest: nine inverse scales, then up to five coordinate passes.
 float positive_search(int n, int largest, const float* x, const float* weights, std::uint8_t* codes);
+
+// clamp(nearest_int((x + shift) / scale), least, largest)
+void nearest_codes(int n, const float* x, float shift, float scale, int least, int largest, std::int8_t* codes);
 
 }  // namespace kompakt::ggml_search

@@ -20,10 +20,9 @@
 namespace kompakt {
 namespace {
 
-// ---- starts of the searches: shares of the scale that clips nothing, or of the root mean square ----
+// ---- starts of the searches: shares of the scale that clips nothing ----
 constexpr float grid_starts_fine[] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f, 0.6f};       // 4 bits and more
 constexpr float grid_starts_coarse[] = {1.0f, 0.85f, 0.7f, 0.58f, 0.46f, 0.36f};     // 3 bits
-constexpr float grid_starts_rms[] = {0.5f, 0.7f, 0.9f, 1.1f, 1.3f};                  // 2 bits
 constexpr float grid_starts_twice[] = {2.0f, 1.0f, 0.5f};                             // scales that are powers of two
 constexpr float grid_shrink_fine[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.65f};
 constexpr float grid_shrink_coarse[] = {1.0f, 0.88f, 0.76f, 0.64f, 0.52f, 0.4f};
@@ -92,12 +91,8 @@ template <int Low, int High, int Bits, bool BothSigns>
 struct UniformGrid : GridCodes<Low, High, Bits> {
   static constexpr bool signed_scale = BothSigns;
   static GroupScale fit(FitScratch& group) {
-    static constexpr bool rms = High - Low <= 3;
-    UniformRule rule{Low, High, BothSigns, rms, grid_starts_fine, Bits <= 3 ? 8 : 3, grid::smallest_normal_half};
-    if (rms)
-      rule.starts = grid_starts_rms;
-    else if (Bits == 3)
-      rule.starts = grid_starts_coarse;
+    if constexpr (High - Low <= 3) return {fit_two_bits(group, Low, High, BothSigns, grid::smallest_normal_half), 0};
+    const UniformRule rule{Low, High, BothSigns, Bits == 3 ? std::span<const float>(grid_starts_coarse) : grid_starts_fine, Bits == 3 ? 8 : 3, grid::smallest_normal_half};
     return {fit_uniform(group, rule), 0};
   }
 };
@@ -203,7 +198,6 @@ KOMPAKT_LANES void grid_round_group(const float* w, std::int64_t n, float scale,
 }
 
 KOMPAKT_LANES void grid_code_group(const float* w, std::int64_t n, float inverse, float offset, float low, float high, std::int8_t* out) {
-  typedef std::int8_t ByteLanes __attribute__((vector_size(8)));
   Lanes bottom = {}, top = {};
   bottom += low, top += high;
   const float magic = 12582912.0f;
@@ -215,9 +209,7 @@ KOMPAKT_LANES void grid_code_group(const float* w, std::int64_t n, float inverse
     x = x > bottom ? x : bottom;
     x = x < top ? x : top;
     x = (x + magic) + -magic;
-    const LaneMask integer = __builtin_convertvector(x, LaneMask);
-    const ByteLanes bytes = __builtin_convertvector(integer, ByteLanes);
-    __builtin_memcpy(out + i, &bytes, sizeof bytes);
+    store_bytes(out + i, x);
   }
   for (; i < n; ++i) out[i] = static_cast<std::int8_t>(static_cast<int>(grid::nearest_code(w[i], inverse, offset, low, high)));
 }
@@ -227,6 +219,7 @@ void grid_code_row(const float* w, std::int64_t n, const GroupScale& s, std::int
   const LevelTable* levels = Row::levels();
   const float inverse = grid::inverse_scale(s.scale);
   if (!levels) return grid_code_group(w, n, inverse, s.offset, Row::low, Row::high, codes);
+  if (levels->few()) return levels->nearest_few(w, n, s.offset, inverse, codes);
   for (std::int64_t i = 0; i < n; ++i) codes[i] = static_cast<std::int8_t>(levels->nearest(grid::multiply_rounded(grid::add_rounded(w[i], -s.offset), inverse)));
 }
 

@@ -84,23 +84,27 @@ KOMPAKT_LANES void fit_prepare(const float* values, const float* weights, float*
   for (int i = 1; i < lane_count; ++i) minimum = low[i] < minimum ? low[i] : minimum, maximum = high[i] > maximum ? high[i] : maximum;
 }
 
-// Magnitudes in (low, high] to `kept` (which may be the input itself); no branches, no sums.
-std::int64_t fit_keep_between(const float* magnitudes, std::int64_t n, float low, float high, float* kept) {
+// Magnitudes in (low, high] to `kept` (which may be the input itself), with their weights where there are any; their number. Few
+// are left, so those of 32 are found by the bits of a word.
+KOMPAKT_LANES std::int64_t fit_keep_between(const float* magnitudes, const float* weights, std::int64_t n, float low, float high, float* kept, float* kept_weights) {
+  const LaneMask lane = {0, 1, 2, 3, 4, 5, 6, 7};
   std::int64_t count = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float m = magnitudes[i];
-    kept[count] = m;
-    count += static_cast<std::int64_t>(m > low) & static_cast<std::int64_t>(m <= high);
-  }
-  return count;
-}
-
-std::int64_t fit_keep_between(const float* magnitudes, const float* weights, std::int64_t n, float low, float high, float* kept, float* kept_weights) {
-  std::int64_t count = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    const float m = magnitudes[i], d = weights[i];
-    kept[count] = m, kept_weights[count] = d;
-    count += static_cast<std::int64_t>(m > low) & static_cast<std::int64_t>(m <= high);
+  for (std::int64_t begin = 0; begin < n; begin += 32) {
+    LaneMask word = {};
+    for (std::int64_t i = begin; i < begin + 32 && i < n; i += lane_count) {
+      Lanes m;
+      KOMPAKT_LOAD(m, magnitudes + i);
+      word |= ((m > low) & (m <= high) & 1) << (lane + static_cast<std::int32_t>(i - begin));
+    }
+    word |= __builtin_shuffle(word, lane ^ 4);
+    word |= __builtin_shuffle(word, lane ^ 2);
+    word |= __builtin_shuffle(word, lane ^ 1);
+    for (auto bits = static_cast<std::uint32_t>(word[0]); bits != 0; bits &= bits - 1) {
+      const std::int64_t i = begin + __builtin_ctz(bits);
+      kept[count] = magnitudes[i];
+      if (weights) kept_weights[count] = weights[i];
+      ++count;
+    }
   }
   return count;
 }
@@ -152,6 +156,53 @@ KOMPAKT_LANES double fit_squared_error(const float* values, const float* weights
     sum += sum_lanes(e);
   }
   return sum;
+}
+
+// Shares of the root mean square, in equal ratios.
+constexpr Lanes fit_two_bits_starts = {0.5f, 0.595522f, 0.709291f, 0.844796f, 1.006187f, 1.198411f, 1.427359f, 1.7f};
+constexpr std::int64_t fit_two_bits_chunk = 256;  // values summed in one go
+
+// For eight scales: the least-squares scale of their nearest codes, and how much of the squared weights it takes away. Where codes
+// say nothing, or the sign turns, the scale stays and takes nothing.
+KOMPAKT_INLINE void fit_two_bits_turn(const float* values, const float* weights, std::int64_t n, float low, float high, Lanes& scale, Lanes& gain) {
+  const Lanes zero = {}, inverse = 1.0f / scale;
+  Lanes bottom = {}, top = {}, product = {}, square = {};
+  bottom += low, top += high;
+  const float magic = 12582912.0f;
+  for (std::int64_t begin = 0; begin < n; begin += fit_two_bits_chunk) {
+    const std::int64_t end = begin + fit_two_bits_chunk < n ? begin + fit_two_bits_chunk : n;
+    Lanes a = {}, b = {};
+    for (std::int64_t i = begin; i < end; ++i) {
+      Lanes x = inverse * values[i];
+      x = x > bottom ? x : bottom;
+      x = x < top ? x : top;
+      const Lanes q = (x + magic) - magic, p = q * weights[i];
+      a += p * values[i];
+      b += p * q;
+    }
+    product += a, square += b;
+  }
+  const Lanes next = product / square;
+  const LaneMask good = (square > zero) & (next * scale > zero);
+  gain = good ? next * product : zero;
+  scale = good ? next : scale;
+}
+
+KOMPAKT_LANES float fit_two_bits_lanes(const float* values, const float* weights, std::int64_t n, float rms, float low, float high, bool both_signs) {
+  Lanes scale = fit_two_bits_starts * rms, gain;
+  if (both_signs) {
+    Lanes negative = -scale, taken;
+    fit_two_bits_turn(values, weights, n, low, high, scale, gain);
+    fit_two_bits_turn(values, weights, n, low, high, negative, taken);
+    scale = taken > gain ? negative : scale;
+  } else {
+    fit_two_bits_turn(values, weights, n, low, high, scale, gain);
+  }
+  for (int turn = 0; turn < 2; ++turn) fit_two_bits_turn(values, weights, n, low, high, scale, gain);
+  int best = 0;
+  for (int k = 1; k < lane_count; ++k)
+    if (gain[k] > gain[best]) best = k;
+  return scale[best];
 }
 
 struct FitMoments {
@@ -239,8 +290,7 @@ float fit_ternary(FitScratch& group) {
     }
     // Keep the undecided; what lies above is booked. A magnitude of weight 0 is never counted and may go either way.
     certain = from_high;
-    const std::int64_t kept = group.weighted ? fit_keep_between(magnitudes, weights, n, low_threshold, high_threshold, group.active.data(), group.active_weights.data())
-                                             : fit_keep_between(magnitudes, n, low_threshold, high_threshold, group.active.data());
+    const std::int64_t kept = fit_keep_between(magnitudes, group.weighted ? weights : nullptr, n, low_threshold, high_threshold, group.active.data(), group.active_weights.data());
     const std::int64_t before = n;
     n = (kept + lane_count - 1) / lane_count * lane_count;
     for (std::int64_t i = kept; i < n; ++i) group.active[static_cast<std::size_t>(i)] = 0, group.active_weights[static_cast<std::size_t>(i)] = 0;
@@ -264,6 +314,13 @@ float fit_ternary(FitScratch& group) {
   return static_cast<float>(alpha);
 }
 
+float fit_two_bits(FitScratch& group, int low, int high, bool both_signs, float smallest) {
+  if (group.largest == 0) return 0;
+  double rms = std::sqrt(fit_squared_error(group.values.data(), group.weights.data(), group.padded, 0, 0, 0, 0) / group.weight_sum);
+  if (rms == 0) rms = group.largest;
+  return grid::stored_scale(fit_two_bits_lanes(group.values.data(), group.weights.data(), group.size, static_cast<float>(rms), static_cast<float>(low), static_cast<float>(high), both_signs), smallest);
+}
+
 float fit_uniform(FitScratch& group, const UniformRule& rule) {
   if (group.largest == 0) return 0;
   double best = std::numeric_limits<double>::infinity();
@@ -271,17 +328,12 @@ float fit_uniform(FitScratch& group, const UniformRule& rule) {
   const float* values = group.values.data();
   const float* weights = group.weights.data();
   const float low = static_cast<float>(rule.low), high = static_cast<float>(rule.high);
-  double rms = 0;
-  if (rule.from_rms) {
-    rms = std::sqrt(fit_squared_error(values, weights, group.padded, 0, 0, low, high) / group.weight_sum);
-    if (rms == 0) rms = group.largest;
-  }
   std::vector<float>& tried = group.active;  // free here: scales that earlier starts have reached
   std::size_t tried_count = 0;
   for (int sign = 1; sign >= (rule.both_signs ? -1 : 1); sign -= 2) {
     // The smallest scale of this sign that clips nothing.
     const double up = sign > 0 ? group.maximum : -group.minimum, down = sign > 0 ? -group.minimum : group.maximum;
-    const double cover = rule.from_rms ? rms : std::max(up / rule.high, down / -rule.low);
+    const double cover = std::max(up / rule.high, down / -rule.low);
     for (const float start : rule.starts) {
       float scale = static_cast<float>(sign * cover * start);
       for (int i = 0; i < rule.iterations; ++i) {

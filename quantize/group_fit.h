@@ -41,13 +41,16 @@ float fit_absmean(const FitScratch& group);
 struct UniformRule {
   int low, high;                    // codes
   bool both_signs;                  // a negative scale gives the longer side of the codes to the other tail
-  bool from_rms;                    // starts are multiples of the root mean square, else of the scale that clips nothing
   std::span<const float> starts;
   int iterations;                   // alternations of codes and least-squares scale per start
   float smallest;                   // smallest stored scale
 };
 // The best candidate by weighted squared error after rounding the scale to half.
 float fit_uniform(FitScratch& group, const UniformRule& rule);
+// The same for codes of two bits: eight starts of either sign side by side, as multiples of the root mean square, one alternation
+// each; the better sign of every start goes on for two more. Per group as near to the exact optimum as five starts with eight
+// alternations each, in a fifth of the time.
+float fit_two_bits(FitScratch& group, int low, int high, bool both_signs, float smallest);
 // The scale that just covers the largest magnitude.
 float fit_absmax(const FitScratch& group, int high);
 

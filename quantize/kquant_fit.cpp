@@ -12,7 +12,6 @@
 #include "quantize/kquant_fit.h"
 #include "quantize/vector_lanes.h"
 
-#define KQUANT_INLINE inline __attribute__((always_inline))
 
 namespace kompakt {
 namespace {
@@ -84,18 +83,18 @@ struct KQuantSums {
   Lanes product, square, linear, error;  // of w x q, w q q, w q, w (x - scale q - offset)^2
 };
 
-KQUANT_INLINE void kquant_clamp(Lanes& v, float low, float high) {
+KOMPAKT_INLINE void kquant_clamp(Lanes& v, float low, float high) {
   Lanes bottom = {}, top = {};
   bottom += low, top += high;
   v = v > bottom ? v : bottom;
   v = v < top ? v : top;
 }
 
-KQUANT_INLINE void kquant_integer(Lanes& v) { v = (v + 12582912.0f) + -12582912.0f; }
+KOMPAKT_INLINE void kquant_integer(Lanes& v) { v = (v + 12582912.0f) + -12582912.0f; }
 
 // y to the value of its nearest code.
 template <class Kind>
-KQUANT_INLINE void kquant_nearest(Lanes& y) {
+KOMPAKT_INLINE void kquant_nearest(Lanes& y) {
   if constexpr (Kind::levels) {
     constexpr float level[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     Lanes value = {}, zero = {};
@@ -114,7 +113,7 @@ KQUANT_INLINE void kquant_nearest(Lanes& y) {
 
 // Eight groups under one scale (and offset) each.
 template <class Kind>
-KQUANT_INLINE void kquant_try(const float* x, const float* w, const Lanes& scale, const Lanes& offset, KQuantSums& out) {
+KOMPAKT_INLINE void kquant_try(const float* x, const float* w, const Lanes& scale, const Lanes& offset, KQuantSums& out) {
   constexpr bool shifted = Kind::minimum_high > 0;
   const Lanes zero = {};
   const Lanes inverse = scale == zero ? zero : 1.0f / scale;
@@ -139,7 +138,7 @@ KQUANT_INLINE void kquant_try(const float* x, const float* w, const Lanes& scale
 
 // Into lanes; false when a weight is not finite. Importance as shares of the largest, so that equal ones count like none.
 template <class Kind>
-KQUANT_INLINE bool kquant_load(const float* in, const float* importance, KQuantInput& out, float& largest) {
+KOMPAKT_INLINE bool kquant_load(const float* in, const float* importance, KQuantInput& out, float& largest) {
   const Lanes zero = {};
   Lanes high = {}, nothing = {}, most = {};
   for (int i = 0; i < kquant_span; i += lane_count) {
@@ -185,7 +184,7 @@ struct KQuantSigned {
   Lanes steps[octets];
 
   // The best n of every group near target / d.
-  KQUANT_INLINE void assign(const KQuantInput& in, const Lanes* target, float with) {
+  KOMPAKT_INLINE void assign(const KQuantInput& in, const Lanes* target, float with) {
     d = with, error = product = square = 0;
     const float inverse = 1.0f / with;
     const Lanes zero = {};
@@ -212,7 +211,7 @@ struct KQuantSigned {
 };
 
 template <class Kind>
-KQUANT_INLINE void kquant_signed_groups(const KQuantInput& in, Lanes* found) {
+KOMPAKT_INLINE void kquant_signed_groups(const KQuantInput& in, Lanes* found) {
   using Shape = KQuantShape<Kind>;
   const Lanes zero = {};
   constexpr float top = Kind::levels ? 113.0f : static_cast<float>(Kind::high), bottom = Kind::levels ? 127.0f : static_cast<float>(-Kind::low);
@@ -252,7 +251,7 @@ KQUANT_INLINE void kquant_signed_groups(const KQuantInput& in, Lanes* found) {
 }
 
 template <class Kind>
-KQUANT_INLINE float kquant_fit_signed(const float* in, const float* importance, float* scales) {
+KOMPAKT_INLINE float kquant_fit_signed(const float* in, const float* importance, float* scales) {
   using Shape = KQuantShape<Kind>;
   KQuantInput input;
   float largest;
@@ -298,7 +297,7 @@ struct KQuantShifted {
   Lanes steps[octets], minima[octets];
 
   // The best n and m of every group near its scale / d and -offset / e; `weight` and `sum`: of w and of w x, per group.
-  KQUANT_INLINE void assign(const KQuantInput& in, const Lanes* scale, const Lanes* offset, const Lanes* weight, const Lanes* sum, float with_d, float with_e) {
+  KOMPAKT_INLINE void assign(const KQuantInput& in, const Lanes* scale, const Lanes* offset, const Lanes* weight, const Lanes* sum, float with_d, float with_e) {
     d = with_d, e = with_e, error = steps_square = cross = minima_square = steps_product = minima_product = 0;
     const float inverse_d = grid::inverse_scale(with_d), inverse_e = grid::inverse_scale(with_e);
     const Lanes zero = {};
@@ -336,7 +335,7 @@ struct KQuantShifted {
 };
 
 template <class Kind>
-KQUANT_INLINE void kquant_shifted_groups(const KQuantInput& in, Lanes* scales, Lanes* offsets, Lanes* weight, Lanes* sum) {
+KOMPAKT_INLINE void kquant_shifted_groups(const KQuantInput& in, Lanes* scales, Lanes* offsets, Lanes* weight, Lanes* sum) {
   using Shape = KQuantShape<Kind>;
   const Lanes zero = {};
   for (int o = 0; o < Shape::octets; ++o) {
@@ -379,7 +378,7 @@ KQUANT_INLINE void kquant_shifted_groups(const KQuantInput& in, Lanes* scales, L
 }
 
 template <class Kind>
-KQUANT_INLINE float kquant_fit_shifted(const float* in, const float* importance, float* scales, float* offsets) {
+KOMPAKT_INLINE float kquant_fit_shifted(const float* in, const float* importance, float* scales, float* offsets) {
   using Shape = KQuantShape<Kind>;
   KQuantInput input;
   float largest;

@@ -26,6 +26,13 @@ class LevelTable {
     while (x >= threshold_[k]) ++k;
     return low_ + static_cast<int>(k);
   }
+  // At most 16 levels: few enough for whole vectors of values to be looked up.
+  bool few() const { return level_.size() <= few_levels; }
+  // Codes of (w - offset) * inverse.
+  void nearest_few(const float* w, std::int64_t n, float offset, float inverse, std::int8_t* codes) const;
+  static constexpr std::size_t few_levels = 16;
+  std::span<const float> levels() const { return level_; }
+  std::span<const float> thresholds() const { return {threshold_.data(), threshold_.size() - 1}; }  // from [k] on the code is k + 1
 
  private:
   int low_;

@@ -1,32 +1,11 @@
-// Eight float lanes by the compiler's vector extension: the order of a reduction is fixed by the source and not by the
-// instruction set, so every machine gives the same bits. Functions marked KOMPAKT_LANES are compiled for AVX2 as well.
+// Two operations on rows in the lanes of core/lanes.h.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-// No "fma": a fused product would change bits between machines.
-#define KOMPAKT_LANES __attribute__((target_clones("avx2", "default")))
-#else
-#define KOMPAKT_LANES
-#endif
+#include "core/lanes.h"
 
 namespace kompakt {
-
-constexpr std::int64_t lane_count = 8;
-typedef float Lanes __attribute__((vector_size(32)));
-typedef std::int32_t LaneMask __attribute__((vector_size(32)));
-
-// Macros and not functions: passing 32-byte vectors by value has no stable ABI without AVX.
-#define KOMPAKT_LOAD(lanes, pointer) __builtin_memcpy(&(lanes), (pointer), sizeof(Lanes))
-#define KOMPAKT_STORE(pointer, lanes) __builtin_memcpy((pointer), &(lanes), sizeof(Lanes))
-
-// Pairwise, in double: the one way in which lanes are summed.
-inline double sum_lanes(const Lanes& lanes) {
-  return ((static_cast<double>(lanes[0]) + lanes[1]) + (static_cast<double>(lanes[2]) + lanes[3])) +
-         ((static_cast<double>(lanes[4]) + lanes[5]) + (static_cast<double>(lanes[6]) + lanes[7]));
-}
 
 // a[i] += b[i] * factor
 void lanes_add(float* a, const float* b, float factor, std::int64_t n);
