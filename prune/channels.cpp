@@ -44,9 +44,9 @@ Tensor channels_forward(const Transformer& model, const ModelInput& input, Tenso
 
 // The same over batches, without gradients: visit(site, y of one batch [B,T,d], valid [B,T]).
 template <class Visit>
-void channels_walk(const Transformer& model, const std::vector<TokenBatch>& batches, const char* title, const Visit& visit) {
+void channels_walk(const Transformer& model, const std::vector<TokenBatch>& batches, const Visit& visit) {
   const at::NoGradGuard no_grad;
-  Progress progress(title, static_cast<std::int64_t>(batches.size()), "batch");
+  Progress progress("importance of channels", static_cast<std::int64_t>(batches.size()), "batch");
   std::int64_t done = 0;
   for (const TokenBatch& batch : batches) {
     const ModelInput input = to_input(batch, model.device());
@@ -156,7 +156,7 @@ Tensor channels_magnitude(Transformer& model, const std::vector<TokenBatch>&, st
 // Minitron (Muralidharan et al. 2024): over all norms the sum of sqrt(sum over sequences of (mean over tokens of |y|)^2).
 Tensor channels_activation(Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t) {
   std::vector<Tensor> sums(channels_sites(model), at::zeros({model.config().hidden}, at::kDouble));
-  channels_walk(model, batches, "importance of channels", [&](std::int64_t site, const Tensor& y, const Tensor& valid) {
+  channels_walk(model, batches, [&](std::int64_t site, const Tensor& y, const Tensor& valid) {
     const Tensor weight = valid.to(at::kFloat).unsqueeze(-1);
     Tensor& sum = sums[static_cast<std::size_t>(site)];
     sum = sum + ((y.to(at::kFloat).abs() * weight).sum(1) / weight.sum(1)).to(at::kDouble).square().sum(0).cpu();
@@ -171,7 +171,7 @@ Tensor channels_flap(Transformer& model, const std::vector<TokenBatch>& batches,
   const std::size_t sites = channels_sites(model);
   std::vector<Tensor> sums(sites, at::zeros({model.config().hidden}, at::kDouble)), squares = sums;
   double count = 0;
-  channels_walk(model, batches, "importance of channels", [&](std::int64_t site, const Tensor& y, const Tensor& valid) {
+  channels_walk(model, batches, [&](std::int64_t site, const Tensor& y, const Tensor& valid) {
     const auto at_site = static_cast<std::size_t>(site);
     if (site == 0) count += valid.sum().item<double>();
     const Tensor x = y.to(at::kDouble) * valid.to(at::kDouble).unsqueeze(-1);
@@ -207,15 +207,29 @@ Tensor rotate_to_principal(Transformer& model, const std::vector<TokenBatch>& ba
   if (batches.empty()) throw Error("the rotation of the residual stream needs data, and there is none").at("structured.hidden_by").given("rotate").hint("give training or calibration data, or select channels: hidden_by: select, criterion: magnitude");
   if (untie && !model.lm_head.weight.defined()) untie_head(model);
   fold_norms(model);
-  Tensor second;  // mean over norms and tokens, float32: products of a batch, weighed like all
-  double tokens = 0;
-  channels_walk(model, batches, "principal channels", [&](std::int64_t, const Tensor& y, const Tensor& valid) {
-    const Tensor rows = y.flatten(0, 1).index_select(0, valid.flatten().nonzero().squeeze(-1)).to(at::kFloat);
-    const double count = static_cast<double>(rows.size(0));
-    add_product(second, rows, rows, true, tokens / (tokens + count), 1 / (tokens + count));
-    tokens += count;
-  });
-  const Tensor whole = (second.triu() + second.triu(1).t()).to(at::kCPU, at::kDouble);
+  // Every batch alone, products in float32; their sum in float64 and in order: the same bits for any number of threads.
+  constexpr std::size_t together = 8;
+  Tensor whole = at::zeros({model.config().hidden, model.config().hidden}, at::kDouble);
+  double rows = 0;
+  Progress progress("principal channels", static_cast<std::int64_t>(batches.size()), "batch");
+  for (std::size_t first = 0; first < batches.size(); first += together) {
+    std::vector<Tensor> products(std::min(together, batches.size() - first));
+    std::vector<double> counts(products.size(), 0);
+    for_each_batch(model.device(), products.size(), [&](std::size_t k) {
+      const at::NoGradGuard worker;
+      const ModelInput input = to_input(batches[first + k], model.device());
+      const Tensor valid = valid_tokens(input).flatten().nonzero().squeeze(-1);
+      channels_forward(model, input, model.embed(input), [&](std::int64_t, const Tensor& y) {
+        const Tensor x = y.flatten(0, 1).index_select(0, valid).to(at::kFloat), product = at::mm(x.t(), x);
+        products[k] = products[k].defined() ? products[k] + product : product;
+        counts[k] += static_cast<double>(x.size(0));
+      });
+    });
+    for (std::size_t k = 0; k < products.size(); ++k) whole += products[k].to(at::kCPU, at::kDouble), rows += counts[k];
+    progress.update(static_cast<std::int64_t>(first + products.size()));
+  }
+  progress.finish();
+  whole = (whole + whole.t()) / (2 * rows);
   if (!whole.isfinite().all().item<bool>()) throw Error("the residual stream is not finite on the calibration data").hint("check the model for NaN or infinite activations");
   const SingleThread single;
   const auto [values, vectors] = at::linalg_eigh(whole);  // rising
