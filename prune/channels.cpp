@@ -46,13 +46,14 @@ Tensor channels_forward(const Transformer& model, const ModelInput& input, Tenso
 template <class Visit>
 void channels_walk(const Transformer& model, const std::vector<TokenBatch>& batches, const Visit& visit) {
   const at::NoGradGuard no_grad;
-  Progress progress("importance of channels", static_cast<std::int64_t>(batches.size()), "batch");
-  std::int64_t done = 0;
+  std::int64_t total = 0, done = 0;
+  for (const TokenBatch& batch : batches) total += batch.rows;
+  Progress progress("importance of channels", total, "sequence");
   for (const TokenBatch& batch : batches) {
     const ModelInput input = to_input(batch, model.device());
     const Tensor valid = valid_tokens(input);
     channels_forward(model, input, model.embed(input), [&](std::int64_t site, const Tensor& y) { visit(site, y, valid); });
-    progress.update(++done);
+    progress.update(done += batch.rows);
   }
   progress.finish();
 }
@@ -211,7 +212,9 @@ Tensor rotate_to_principal(Transformer& model, const std::vector<TokenBatch>& ba
   constexpr std::size_t together = 8;
   Tensor whole = at::zeros({model.config().hidden, model.config().hidden}, at::kDouble);
   double rows = 0;
-  Progress progress("principal channels", static_cast<std::int64_t>(batches.size()), "batch");
+  std::int64_t total = 0, done = 0;
+  for (const TokenBatch& batch : batches) total += batch.rows;
+  Progress progress("principal channels", total, "sequence");
   for (std::size_t first = 0; first < batches.size(); first += together) {
     std::vector<Tensor> products(std::min(together, batches.size() - first));
     std::vector<double> counts(products.size(), 0);
@@ -225,8 +228,8 @@ Tensor rotate_to_principal(Transformer& model, const std::vector<TokenBatch>& ba
         counts[k] += static_cast<double>(x.size(0));
       });
     });
-    for (std::size_t k = 0; k < products.size(); ++k) whole += products[k].to(at::kCPU, at::kDouble), rows += counts[k];
-    progress.update(static_cast<std::int64_t>(first + products.size()));
+    for (std::size_t k = 0; k < products.size(); ++k) whole += products[k].to(at::kCPU, at::kDouble), rows += counts[k], done += batches[first + k].rows;
+    progress.update(done);
   }
   progress.finish();
   whole = (whole + whole.t()) / (2 * rows);

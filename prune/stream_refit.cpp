@@ -94,7 +94,9 @@ class StreamRefit {
     }
     if (narrow_) {
       std::vector<Tensor> outputs(batches_);
-      each([&](std::size_t b) { outputs[b] = original_.final_norm.forward(teacher_[b]); });
+      // A tied head was scaled with the embedding (cut_hidden): what it reads is smaller by as much.
+      const double scale = cut_.lm_head.weight.defined() ? 1 : cut_.config().embedding_scale / original_.config().embedding_scale;
+      each([&](std::size_t b) { outputs[b] = original_.final_norm.forward(teacher_[b]) * scale; });
       fit_norm(cut_.final_norm, student_, outputs, {{&cut_.lm_head, &narrow_->before.lm_head}});
     }
     progress.finish();
