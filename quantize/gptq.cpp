@@ -77,7 +77,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
   const auto blocks = gptq_blocks(order, std::max<std::int64_t>(1, options.block));
   // Chunks of rows run through the whole sweep alone, products included: the split, and so every bit, is independent of threads.
   constexpr std::int64_t chunk = 64;
-  at::parallel_for(0, (rows + chunk - 1) / chunk, 1, [&](std::int64_t chunk_begin, std::int64_t chunk_end) {
+  const auto sweep = [&](std::size_t first_block, std::size_t end_block) { at::parallel_for(0, (rows + chunk - 1) / chunk, 1, [&](std::int64_t chunk_begin, std::int64_t chunk_end) {
     at::NoGradGuard no_grad;  // a worker thread has its own mode
     FitScratch scratch;
     std::optional<JointMask<Real>> joint;
@@ -89,7 +89,9 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
       at::Tensor part = work.slice(0, row_begin, row_end);
       Real* w = part.data_ptr<Real>();
       std::size_t next_group = 0;
-      for (const auto& [from, to] : blocks) {
+      while (next_group < order.group.size() && order.begin[next_group] < blocks[first_block].first) ++next_group;
+      for (std::size_t k = first_block; k < end_block; ++k) {
+        const auto [from, to] = blocks[k];
         const std::int64_t width = to - from;
         at::Tensor errors = at::empty({row_end - row_begin, width}, type);
         Real* error = errors.data_ptr<Real>();
@@ -97,7 +99,6 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
           Real* row = w + (r - row_begin) * columns;
           Real* row_error = error + (r - row_begin) * width;
           bool* row_keeps = keeps ? keeps + r * columns : nullptr;
-          if (joint && !joint->grouped()) joint->choose(row, from, to, row_keeps);
           std::size_t g = next_group;
           GroupScale s;
           float inverse = 0;
@@ -151,7 +152,16 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
         if (u && to < columns) part.slice(1, to).sub_(at::matmul(errors, upper.slice(0, from, to).slice(1, to)));
       }
     }
-  });
+  }); };
+  if (options.sparse && !options.sparse->grouped()) {  // rows meet where the places of a block are chosen
+    JointMask<Real> joint(*options.sparse, order, diag);
+    for (std::size_t k = 0; k < blocks.size(); ++k) {
+      joint.choose(work.data_ptr<Real>(), rows, blocks[k].first, blocks[k].second, keeps);
+      sweep(k, k + 1);
+    }
+  } else {
+    sweep(0, blocks.size());
+  }
   result.sweep_loss = loss.sum().item<double>();
   if (options.sparse) result.mask = at::zeros_like(kept).index_copy_(1, permutation, kept);
   return result;
@@ -166,7 +176,10 @@ LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const L
   TORCH_CHECK(!spec.grid->group_fixed || columns % group == 0, "the grid's group does not divide the row");
   InputFactors own;
   InputFactors& factors = input.factors ? *input.factors : own;
-  if (factors.group != group) factor_input(input, group, options, factors);
+  // Columns of one n:m group are compared under the same compensation: in one block, or next to each other.
+  LayerOptions ordered = options;
+  if (options.sparse && options.sparse->grouped() && group > options.block) ordered.act_order = false;
+  if (factors.made_for != 2 * group + ordered.act_order) factor_input(input, group, ordered, factors);
   // A column whose input is always zero costs nothing: its weights are free and become zero.
   if (factors.dead_count > 0) weight = weight.masked_fill(factors.dead.unsqueeze(0), 0);
   if (options.sparse) {

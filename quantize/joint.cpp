@@ -11,7 +11,7 @@
 namespace kompakt {
 
 void fields(FieldVisitor& visitor, JointOptions& options) {
-  visitor.number("sparsity", options.sparsity, "share of the weights that become zero, of every row in every block of 128 columns; 0 = the pattern says it", {.min = 0.0, .max = 0.99});
+  visitor.number("sparsity", options.sparsity, "share of the weights that become zero, of every block of 128 columns; 0 = the pattern says it", {.min = 0.0, .max = 0.99});
   visitor.text("pattern", options.pattern, "N:M, for example \"2:4\": of every M weights in a row N stay");
   visitor.texts("skip", options.skip, "patterns of linears that stay dense (* = anything)");
 }

@@ -13,7 +13,7 @@
 namespace kompakt {
 
 // Positions are processed ones. Scores are w^2 / U_jj^2 on the compensated weights; what is zero, or gone already, goes first and
-// counts; of equal scores the later position goes.
+// counts; of equal scores the later row, then the later position goes.
 template <class Real>
 class JointMask {
  public:
@@ -23,11 +23,13 @@ class JointMask {
 
   bool grouped() const { return pattern_.grouped(); }
 
-  // Unstructured: the lowest share (rounded down) of the positions [from, to). `keeps` is the row's, of all positions.
-  void choose(const Real* row, std::int64_t from, std::int64_t to, bool* keeps) {
+  // Unstructured: the lowest share (rounded down) of the positions [from, to) of all rows together. w, keeps [rows, columns].
+  void choose(const Real* w, std::int64_t rows, std::int64_t from, std::int64_t to, bool* keeps) {
+    const auto columns = static_cast<std::int64_t>(place_.size());
     entries_.clear();
-    for (std::int64_t p = from; p < to; ++p) entries_.emplace_back(score(row, keeps, p), -p);
-    drop(static_cast<std::int64_t>(pattern_.sparsity * static_cast<double>(to - from)), keeps);
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t p = from; p < to; ++p) entries_.emplace_back(score(w + r * columns, keeps + r * columns, p), -(r * columns + p));
+    drop(static_cast<std::int64_t>(pattern_.sparsity * static_cast<double>(rows * (to - from))), keeps);
   }
 
   // n:m: the group of the column at position p, when p is the first of its columns that is processed.
@@ -47,7 +49,7 @@ class JointMask {
     if (grouped())
       for (std::int64_t p = from; p < to; ++p) choose_group(row, p, keeps);
     else if (open < to)
-      choose(row, std::max(from, open), to, keeps);
+      choose(row, 1, std::max(from, open), to, keeps);
   }
 
  private:

@@ -14,7 +14,7 @@ struct QuantizeOptions;
 struct QuantizationPlan;
 
 struct JointOptions {
-  double sparsity = 0;            // share of every row's block of columns that goes; 0 = `pattern` says it
+  double sparsity = 0;            // share of every block of columns that goes; 0 = `pattern` says it
   std::string pattern;            // "2:4"
   std::vector<std::string> skip;  // patterns of linear names that stay dense
 };

@@ -54,8 +54,9 @@ LayerResult quantize_imatrix(const LayerInput& input, const GridSpec& spec, cons
 LayerResult quantize_hqq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // GPTQ (Frantar et al. 2022) with scales refitted on the compensated weights at the start of every group. With act_order
 // groups are visited by falling input energy and columns likewise inside a group, so that no index has to be stored.
-// options.sparse: weights that go are chosen in the sweep (quantize/joint_mask.h): unstructured row by row when a block of
-// `options.block` columns begins, n:m when the first column of a group is reached. Scales are fitted to those that stay.
+// options.sparse: weights that go are chosen in the sweep (quantize/joint_mask.h): unstructured over all rows when a block of
+// `options.block` columns begins, n:m when the first column of a group is reached (columns of scales over more than a block stay
+// in their order). Scales are fitted to those that stay.
 LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // GPTQ towards the teacher's activations, then polish.
 LayerResult quantize_trifit(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);

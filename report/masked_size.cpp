@@ -15,9 +15,9 @@ std::vector<std::string> masked_size_lines(const Json& report) {
     for (const auto& [format, proof] : reopened->items()) {
       const auto bytes = number_at(proof, "bytes"), packed = number_at(proof, "zstd_bytes");
       const Json* masked = find_json(proof, {"masked"});
-      const auto weights = masked ? number_at(*masked, "weights") : std::nullopt, zeros = masked ? number_at(*masked, "zeros") : std::nullopt;
-      if (!bytes || !packed || !weights || !zeros || *weights <= 0) continue;
-      lines.push_back(str(format, ": ", human_bytes(*bytes), " on disk, ", human_bytes(*packed), " after zstd; ", fixed(100 * *zeros / *weights, 1), "% of the pruned matrices is zero, stored like any weight"));
+      const double weights = masked ? number_at(*masked, "weights").value_or(0) : 0, zeros = masked ? number_at(*masked, "zeros").value_or(0) : 0;
+      if (!bytes || !packed || weights <= 0) continue;
+      lines.push_back(str(format, ": ", human_bytes(*bytes), " on disk, ", human_bytes(*packed), " after zstd; ", fixed(100 * zeros / weights, 1), "% of the pruned matrices is zero, stored like any weight"));
     }
   }
   return lines;

@@ -73,6 +73,7 @@ def joint(weight, hessian, group, grid, damping, act_order, sparsity, n, m, bloc
     rows, columns = weight.shape
     width = group or columns
     energy = np.diag(hessian)
+    act_order = act_order and not (m and width > block)
     groups = list(range((columns + width - 1) // width))
     if act_order:
         groups.sort(key=lambda g: -energy[g * width : (g + 1) * width].max())
@@ -108,8 +109,10 @@ def joint(weight, hessian, group, grid, damping, act_order, sparsity, n, m, bloc
         if j in blocks:
             end = blocks[j]
             if not m:
-                for r in range(rows):
-                    choose(w[r], kept[r], list(range(j, end)), int(sparsity * (end - j)))
+                places = [(r, p) for r in range(rows) for p in range(j, end)]
+                scores = [-1.0 if not kept[r, p] or w[r, p] == 0 else (w[r, p] / diagonal[p]) ** 2 for r, p in places]
+                for i in lowest(scores, int(sparsity * len(places))):
+                    kept[places[i]] = False
         if j in begins:
             stop = j + min(columns, (g + 1) * width) - g * width
             for r in range(rows):

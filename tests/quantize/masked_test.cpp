@@ -153,7 +153,7 @@ TEST_CASE("a stage that prunes in its sweep: masks for later stages, zeros on th
       CHECK(stage.revived() == 0);
       for (const auto& [name, mask] : stage.context.masks) {
         if (*pattern) CHECK(mask.reshape({-1, 4}).sum(1).eq(2).all().item<bool>());
-        else CHECK(mask.sum(1).eq(mask.size(1) / 2).all().item<bool>());
+        else CHECK(mask.sum().item<std::int64_t>() == mask.numel() / 2);
         CHECK(at::equal(decode(result.plan.tensors.at(name), result.tensors.at(name)), stage.model->find_linear(name)->weight));
       }
       const Json& sparsity = stage.details.at("sparsity");
@@ -205,7 +205,7 @@ TEST_CASE("pruning in the sweep: what cannot be is refused before compute", "[qu
   CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.sparsity = 0.5; }), {"two different things"}));
   CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = ""; }), {"needs a sparsity or a pattern"}));
   CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = "4:4"; }), {"4:4", "N below M"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = "2:5"; }), {"do not divide into groups of 5", "nearest"}));
+  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = "2:5"; }), {"does not divide into groups of 5", "nearest: 2:4"}));
   CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = "3:6", o.group = 4, o.keep_float = {"*o_proj", "*down_proj"}; }), {"scales over 4 weights", "groups of 6"}));
   CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.skip = {"*nothing"}; }), {"*nothing", "names such as"}));
   QuantizationPlan plan;
