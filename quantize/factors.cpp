@@ -45,7 +45,7 @@ void factor_input(const LayerInput& input, std::int64_t group, const LayerOption
   factors.order = column_order(hessian.diagonal(), group, options.act_order);
   const at::Tensor permutation = at::tensor(at::ArrayRef<std::int64_t>(factors.order.column), at::kLong);
   factors.factor = damped_inverse_factor(hessian.index_select(0, permutation).index_select(1, permutation), options.damping, options.float64);
-  factors.made_for = 2 * group + options.act_order;
+  factors.group = group;
 }
 
 }  // namespace kompakt

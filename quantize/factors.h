@@ -21,7 +21,7 @@ ColumnOrder column_order(const at::Tensor& energy, std::int64_t group, bool act_
 
 struct InputFactors {
   // of the sweep
-  std::int64_t made_for = -1;  // 2 * group + act_order of `order`; -1 = nothing is there yet
+  std::int64_t group = -1;  // that `order` was made for; -1 = nothing is there yet
   ColumnOrder order;
   InverseFactor factor;
   at::Tensor dead;          // [K] bool: inputs that never fire

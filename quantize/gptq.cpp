@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 
 #include "core/error.h"
 #include "core/text.h"
@@ -13,7 +12,6 @@
 #include "quantize/code_rule.h"
 #include "quantize/factors.h"
 #include "quantize/grid_math.h"
-#include "quantize/joint_mask.h"
 #include "quantize/kquant.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"
@@ -49,15 +47,15 @@ std::vector<std::pair<std::int64_t, std::int64_t>> gptq_blocks(const ColumnOrder
 }
 
 template <class Real>
-LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, const LayerOptions& options) {
+LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width) {
   const auto type = sizeof(Real) == 8 ? at::kDouble : at::kFloat;
   const Grid& grid = *spec.grid;
   const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.span_for(columns), groups = spec.scale_count(columns);
   const std::int64_t width_of_scale = spec.group_for(columns), scales_of_group = (group + width_of_scale - 1) / width_of_scale;  // 1, but for super-blocks
   const at::Tensor permutation = at::tensor(at::ArrayRef<std::int64_t>(order.column), at::kLong);
   at::Tensor work = weight.index_select(1, permutation).to(type).contiguous();  // compensated weights, processed order
-  const at::Tensor kept = mask.defined() ? mask.to(at::kCPU, at::kBool).index_select(1, permutation).contiguous() : options.sparse ? at::ones({rows, columns}, at::kBool) : at::Tensor();
-  bool* keeps = kept.defined() ? kept.data_ptr<bool>() : nullptr;  // every row's own
+  const at::Tensor kept = mask.defined() ? mask.to(at::kCPU, at::kBool).index_select(1, permutation).contiguous() : at::Tensor();
+  const bool* keeps = kept.defined() ? kept.const_data_ptr<bool>() : nullptr;
   const bool dense = factor.upper.defined();
   const at::Tensor upper = dense ? factor.upper.to(type).contiguous() : at::Tensor(), diagonal = factor.diagonal.to(type).contiguous();
   const Real* u = dense ? upper.data_ptr<Real>() : nullptr;
@@ -74,31 +72,25 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
   at::Tensor loss = at::zeros({rows}, at::kDouble);
   double* row_loss = loss.data_ptr<double>();
   const CodeRule rule(grid);
-  const auto blocks = gptq_blocks(order, std::max<std::int64_t>(1, options.block));
+  const auto blocks = gptq_blocks(order, block_width);
   // Chunks of rows run through the whole sweep alone, products included: the split, and so every bit, is independent of threads.
   constexpr std::int64_t chunk = 64;
-  const auto sweep = [&](std::size_t first_block, std::size_t end_block) { at::parallel_for(0, (rows + chunk - 1) / chunk, 1, [&](std::int64_t chunk_begin, std::int64_t chunk_end) {
+  at::parallel_for(0, (rows + chunk - 1) / chunk, 1, [&](std::int64_t chunk_begin, std::int64_t chunk_end) {
     at::NoGradGuard no_grad;  // a worker thread has its own mode
     FitScratch scratch;
-    std::optional<JointMask<Real>> joint;
-    if (options.sparse) joint.emplace(*options.sparse, order, diag);
-    std::vector<char> chosen(joint ? static_cast<std::size_t>(columns) : 0);
     std::vector<float> values(static_cast<std::size_t>(group)), weights(grid.kquant ? values.size() : 0);
     for (std::int64_t c = chunk_begin; c < chunk_end; ++c) {
       const std::int64_t row_begin = c * chunk, row_end = std::min(rows, row_begin + chunk);
       at::Tensor part = work.slice(0, row_begin, row_end);
       Real* w = part.data_ptr<Real>();
       std::size_t next_group = 0;
-      while (next_group < order.group.size() && order.begin[next_group] < blocks[first_block].first) ++next_group;
-      for (std::size_t k = first_block; k < end_block; ++k) {
-        const auto [from, to] = blocks[k];
+      for (const auto& [from, to] : blocks) {
         const std::int64_t width = to - from;
         at::Tensor errors = at::empty({row_end - row_begin, width}, type);
         Real* error = errors.data_ptr<Real>();
         for (std::int64_t r = row_begin; r < row_end; ++r) {
           Real* row = w + (r - row_begin) * columns;
           Real* row_error = error + (r - row_begin) * width;
-          bool* row_keeps = keeps ? keeps + r * columns : nullptr;
           std::size_t g = next_group;
           GroupScale s;
           float inverse = 0;
@@ -111,12 +103,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
             if (g < order.group.size() && order.begin[g] == j) {
               // Fitted on the compensated weights, taken in their own order: without compensation this is what encode does.
               const std::int64_t first = order.group[g] * group, n = order.begin[g + 1] - j, at = r * groups + order.group[g] * scales_of_group;
-              if (joint) {
-                std::copy(row_keeps, row_keeps + columns, chosen.begin());
-                joint->expect(row, j, to, j + n, row_keeps);
-              }
-              for (std::int64_t i = 0; i < n; ++i) values[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = row_keeps && !row_keeps[j + i] ? 0.0f : static_cast<float>(row[j + i]);
-              if (joint) std::copy(chosen.begin(), chosen.end(), row_keeps);
+              for (std::int64_t i = 0; i < n; ++i) values[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = keeps && !keeps[r * columns + j + i] ? 0.0f : static_cast<float>(row[j + i]);
               const auto not_finite = [&] { return Error(str("row ", r, ": the compensated weights are not finite")).hint("raise damping, or give more calibration data"); };
               if (grid.kquant) {
                 // All scales of the super-block, as the loss of the sweep weighs its columns.
@@ -138,9 +125,8 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
               s = {scales[at], offsets ? offsets[at] : 0.0f};
               inverse = grid::inverse_scale(s.scale);
             }
-            if (joint && joint->grouped()) joint->choose_group(row, j, row_keeps);
             // A pruned weight is rounded to zero, and what compensation made of it is made up for like any error.
-            const float code = rule.nearest(row_keeps && !row_keeps[j] ? 0.0f : static_cast<float>(row[j]), inverse, s.offset);
+            const float code = rule.nearest(keeps && !keeps[r * columns + j] ? 0.0f : static_cast<float>(row[j]), inverse, s.offset);
             codes[r * columns + order.column[static_cast<std::size_t>(j)]] = static_cast<std::int8_t>(static_cast<int>(code));
             const Real e = (row[j] - static_cast<Real>(grid::decode_value(rule.value(code), s.scale, s.offset))) / diag[j];
             row_error[j - from] = e;
@@ -152,18 +138,8 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
         if (u && to < columns) part.slice(1, to).sub_(at::matmul(errors, upper.slice(0, from, to).slice(1, to)));
       }
     }
-  }); };
-  if (options.sparse && !options.sparse->grouped()) {  // rows meet where the places of a block are chosen
-    JointMask<Real> joint(*options.sparse, order, diag);
-    for (std::size_t k = 0; k < blocks.size(); ++k) {
-      joint.choose(work.data_ptr<Real>(), rows, blocks[k].first, blocks[k].second, keeps);
-      sweep(k, k + 1);
-    }
-  } else {
-    sweep(0, blocks.size());
-  }
+  });
   result.sweep_loss = loss.sum().item<double>();
-  if (options.sparse) result.mask = at::zeros_like(kept).index_copy_(1, permutation, kept);
   return result;
 }
 
@@ -176,17 +152,11 @@ LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const L
   TORCH_CHECK(!spec.grid->group_fixed || columns % group == 0, "the grid's group does not divide the row");
   InputFactors own;
   InputFactors& factors = input.factors ? *input.factors : own;
-  // Columns of one n:m group are compared under the same compensation: in one block, or next to each other.
-  LayerOptions ordered = options;
-  if (options.sparse && options.sparse->grouped() && group > options.block) ordered.act_order = false;
-  if (factors.made_for != 2 * group + ordered.act_order) factor_input(input, group, ordered, factors);
+  if (factors.group != group) factor_input(input, group, options, factors);
   // A column whose input is always zero costs nothing: its weights are free and become zero.
   if (factors.dead_count > 0) weight = weight.masked_fill(factors.dead.unsqueeze(0), 0);
-  if (options.sparse) {
-    check_pattern(*options.sparse, columns);
-    TORCH_CHECK(!options.sparse->grouped() || group % options.sparse->m == 0, "a scale's weights are not whole groups of the pattern");
-  }
-  LayerResult result = options.float64 ? gptq_sweep<double>(weight, input.mask, factors.factor, factors.order, spec, options) : gptq_sweep<float>(weight, input.mask, factors.factor, factors.order, spec, options);
+  const std::int64_t width = std::max<std::int64_t>(1, options.block);
+  LayerResult result = options.float64 ? gptq_sweep<double>(weight, input.mask, factors.factor, factors.order, spec, width) : gptq_sweep<float>(weight, input.mask, factors.factor, factors.order, spec, width);
   result.damping = factors.factor.damping, result.path = factors.factor.path, result.dead = factors.dead_count;
   return result;
 }

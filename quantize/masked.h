@@ -5,8 +5,6 @@
 
 namespace kompakt {
 
-// A group of mixed signs with a zero in it, rounded: is the zero still one?
-bool grid_keeps_zero(const GridSpec& spec);
 // Error when a masked matrix is planned for a grid without a zero.
 void check_masks(const QuantizationPlan& plan, const StageContext& context);
 // Error when a change of basis has mixed masked weights with others.

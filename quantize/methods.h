@@ -5,14 +5,12 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "quantize/grids.h"
-#include "train/sparsity.h"
 
 namespace kompakt {
 
@@ -23,7 +21,6 @@ struct LayerOptions {
   bool float64 = false;
   double teacher_target = 0;   // alpha
   std::int64_t polish_rounds = 0;
-  std::optional<SparsityPattern> sparse = {};  // gptq: chosen in the sweep, beside what the mask takes away already
 };
 
 struct InputFactors;  // quantize/factors.h
@@ -43,7 +40,6 @@ struct LayerResult {
   std::string path;          // "rtn", "cholesky", "cholesky, damping raised", "float64", "diagonal"
   std::int64_t dead = 0;     // input columns that never fire
   double sweep_loss = 0;     // sum of e_j^2 of the sweep: tr(E H E^T) of the damped H
-  at::Tensor mask = {};      // [N,K] bool, false = zero for good; with LayerOptions::sparse
   std::vector<double> objective;  // tr(E H E^T) of the damped H before and after every polish step
 };
 
@@ -54,9 +50,6 @@ LayerResult quantize_imatrix(const LayerInput& input, const GridSpec& spec, cons
 LayerResult quantize_hqq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // GPTQ (Frantar et al. 2022) with scales refitted on the compensated weights at the start of every group. With act_order
 // groups are visited by falling input energy and columns likewise inside a group, so that no index has to be stored.
-// options.sparse: weights that go are chosen in the sweep (quantize/joint_mask.h): unstructured over all rows when a block of
-// `options.block` columns begins, n:m when the first column of a group is reached (columns of scales over more than a block stay
-// in their order). Scales are fitted to those that stay.
 LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // GPTQ towards the teacher's activations, then polish.
 LayerResult quantize_trifit(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);

@@ -63,7 +63,6 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.number("teacher_target", options.teacher_target, "strength of the teacher's activations as target, 0 to 1; 0 = off, trifit takes 0.5 when 0", {.min = 0, .max = 1});
   visitor.integer("polish_rounds", options.polish_rounds, "rounds of scale refit and coordinate descent after the sweep; trifit takes 4 when 0", {.min = 0, .max = 100});
   visitor.integer("calibration_sequences", options.calibration_sequences, "training examples or text windows that the method looks at", {.min = 1});
-  visitor.section("sparse", options.has_sparse, "method gptq: weights that become zero are chosen in the sweep that rounds, and both errors are made up for together; every later stage keeps the masks", [&](FieldVisitor& inner) { fields(inner, options.sparse); });
   visitor.section("budget", options.has_budget, "a size of the whole file: the grid of every tensor is chosen so that it fits and the predictions change least", [&](FieldVisitor& inner) { fields(inner, options.budget); });
   visitor.section("activations", options.has_activations, "the inputs of quantized linears in blocks are rounded too, as a runtime with integer or FP8 products does", [&](FieldVisitor& inner) { fields(inner, options.activations); });
   visitor.section("kv_cache", options.has_kv_cache, "keys and values are rounded, with calibrated scales per layer", [&](FieldVisitor& inner) { fields(inner, options.kv_cache); });
@@ -143,7 +142,6 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
   check_tuning(config, options, problems);
   check_activations(config, options, problems);
   check_method_keys(options, problems);
-  check_joint(options, problems);
   problems.throw_if_any("the quantize stage cannot be planned");
 
   Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));
@@ -176,10 +174,6 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
     }
     plan.tensors[tensor.name] = spec;
   }
-  std::vector<std::pair<std::string, std::int64_t>> linears;
-  for (const QuantizableTensor& tensor : tensors)
-    if (tensor.role == QuantizableRole::linear) linears.emplace_back(tensor.name, tensor.weight->size(1));
-  check_joint_plan(options, plan, linears, problems);
   problems.throw_if_any("the quantize stage does not fit the model");
   return plan;
 }

@@ -20,11 +20,10 @@ class BlockRecords {
   struct Record {
     QuantizedModel quantized;  // of the block alone
     Json layers;               // its rows of the report
-    WeightMasks masks;         // of its matrices, where the method chose any
   };
   // The record of block `layer` with its norms and biases put into the model; nothing when there is none.
   std::optional<Record> load(std::int64_t layer, Transformer& model) const;
-  void save(std::int64_t layer, Transformer& model, const QuantizedModel& quantized, const Json& layers, const WeightMasks& masks) const;
+  void save(std::int64_t layer, Transformer& model, const QuantizedModel& quantized, const Json& layers) const;
 
   // Activations in front of a block. Saved at most every half minute: what lies between is computed again, which takes less.
   // The first block that they were saved for, or 0.

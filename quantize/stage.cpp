@@ -46,7 +46,6 @@ class QuantizeRun {
     }
     if (method_.needs_train && options.train.label_smoothing > 0)
       throw Error("label_smoothing would not be used").at(context.title).given(shortest(options.train.label_smoothing)).hint("write it into quantize.objective: {labels: cross_entropy, label_smoothing: ...}");
-    if (options.has_sparse) sparse_ = joint_pattern(options.sparse);
     check_masks(result_.plan, context);
     for (const std::string& sentence : result_.plan.fallbacks) log_warning(str(context.title, ": ", sentence));
   }
@@ -166,7 +165,6 @@ class QuantizeRun {
             if (saved.at("layer") == name) row = saved;
           store(find_quantizable(model_, name), record->quantized.plan.tensors.at(name), std::move(quantized), std::move(row));
         }
-        for (auto& [name, mask] : record->masks) context_.masks[name] = std::move(mask);
       } else {
         const std::size_t first_row = layers_.size();
         for (const BlockPart part : block_parts) quantize_part(calibration, layer, part, original);
@@ -213,16 +211,13 @@ class QuantizeRun {
       check_interrupted();
       const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors, mask_of(linear->name)};
       const GridSpec& spec = result_.plan.tensors.at(linear->name);
-      LayerOptions layer_options = layer_options_;
-      if (sparse_ && prunes_jointly(options_.sparse, linear->name)) layer_options.sparse = sparse_;
       LayerResult layer_result;
       try {
-        layer_result = method_.quantize(input, spec, layer_options);
+        layer_result = method_.quantize(input, spec, layer_options_);
       } catch (Error& error) {
         throw error.place().empty() ? error.at(linear->name) : error;
       }
-      if (layer_result.mask.defined()) context_.masks[linear->name] = layer_result.mask;
-      if (const at::Tensor mask = mask_of(linear->name); mask.defined()) keep_zeros(spec, mask, layer_result.quantized);
+      if (input.mask.defined()) keep_zeros(spec, input.mask, layer_result.quantized);
       Json row = describe_layer(linear->name, spec, input.weight, layer_result.quantized);
       describe_output(row, spec, input.weight, layer_result, moments);
       if (const std::string& path = layer_result.path; path != "rtn" && (path.find("cholesky") != 0 || path.find(',') != std::string::npos))
@@ -288,11 +283,7 @@ class QuantizeRun {
       block.tensors[name] = result_.tensors.at(name);
       rows.push_back(layers_[i]);
     }
-    WeightMasks masks;
-    if (sparse_)
-      for (const auto& [name, quantized] : block.tensors)
-        if (prunes_jointly(options_.sparse, name)) masks[name] = context_.masks.at(name);
-    records.save(layer, model_, block, rows, masks);
+    records.save(layer, model_, block, rows);
   }
 
   static double seconds_since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
@@ -319,28 +310,6 @@ class QuantizeRun {
     weight = target;
   }
 
-  // What the sweep pruned, as the stage prune tells of its own.
-  Json describe_sparsity() {
-    Json rows = Json::array(), dense = Json::array();
-    std::int64_t weights = 0, zeros = 0;
-    for (const Json& layer : layers_) {
-      const std::string name = layer.at("layer");
-      if (!model_.find_linear(name)) continue;
-      if (!prunes_jointly(options_.sparse, name)) {
-        dense.push_back(name);
-        continue;
-      }
-      const at::Tensor& mask = context_.masks.at(name);
-      const std::int64_t all = mask.numel(), gone = all - mask.sum().item<std::int64_t>();
-      Json row{{"layer", name}, {"sparsity", static_cast<double>(gone) / static_cast<double>(all)}};
-      if (layer.contains("output_error")) row["output_error"] = layer.at("output_error");
-      rows.push_back(std::move(row));
-      weights += all, zeros += gone;
-    }
-    log_info(str(context_.title, ": ", fixed(100.0 * static_cast<double>(zeros) / static_cast<double>(std::max<std::int64_t>(1, weights)), 2), "% of ", rows.size(), " matrices is zero (chosen in the sweep, ", sparse_->text(), ")"));
-    return Json{{"criterion", "sparsegpt, in the sweep of gptq"}, {"pattern", sparse_->text()}, {"refit", "none"}, {"weights", weights}, {"zeros", zeros}, {"layers", rows}, {"dense", dense}};
-  }
-
   void describe() {
     if (!context_.details) return;
     Json& details = *context_.details;
@@ -354,7 +323,6 @@ class QuantizeRun {
     if (!blocks.empty()) details["blocks"] = blocks;
     if (!tuning_.is_null()) details["tuning"] = tuning_;
     details["layers"] = layers_;
-    if (sparse_) details["sparsity"] = describe_sparsity();
     if (const auto unsteady = std::count_if(layers_.begin(), layers_.end(), halves_disagree); details.contains("calibration")) {
       details["calibration"]["layers_whose_halves_disagree"] = unsteady;
       if (unsteady > 0)
@@ -373,7 +341,6 @@ class QuantizeRun {
   const QuantizationMethod& method_;
   std::chrono::steady_clock::time_point started_;
   LayerOptions layer_options_;
-  std::optional<SparsityPattern> sparse_;  // chosen in the sweep
   QuantizedModel result_;
   Progress* progress_ = nullptr;
   std::unique_ptr<TeacherSource> own_teacher_;
@@ -413,9 +380,7 @@ QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, cons
   }
   if (!plan) prepare_model(model, options, objectives, inner);  // who made a plan has done so before
   check_zeros(model, context, options.basis.basis);
-  QuantizedModel result = QuantizeRun(model, options, inner, plan, text).run(objectives);
-  context.masks = std::move(inner.masks);  // with those that the sweep has chosen
-  return result;
+  return QuantizeRun(model, options, inner, plan, text).run(objectives);
 }
 
 }  // namespace kompakt

@@ -13,7 +13,6 @@
 #include "quantize/basis.h"
 #include "quantize/budget.h"
 #include "quantize/grids.h"
-#include "quantize/joint_options.h"
 #include "train/constraint.h"
 #include "train/context.h"
 #include "train/options.h"
@@ -51,8 +50,6 @@ struct QuantizeOptions {
   std::string method = "rtn";       // row of the table of methods: rtn | gptq | trifit | qad
   std::string head = "none";        // grid of the classifier, or "none"
   std::vector<std::string> keep_float;  // patterns of tensors left in float
-  bool has_sparse = false;              // gptq: weights that become zero are chosen in the sweep that rounds
-  JointOptions sparse;
   bool has_budget = false;              // grids of all tensors are chosen under a byte budget
   BudgetOptions budget;
   std::string others = "f32";           // type of tensors without a grid: f32 | f16

@@ -1,4 +1,4 @@
-// Which share of single weights becomes zero, or which N:M pattern. Pruning and the joint sweep of quantization read it.
+// Which share of single weights becomes zero, or which N:M pattern.
 #pragma once
 
 #include <cstdint>

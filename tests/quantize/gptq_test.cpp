@@ -9,8 +9,6 @@
 #include "core/json.h"
 #include "core/random.h"
 #include "core/system.h"
-#include "core/text.h"
-#include "prune/sparsegpt.h"
 #include "quantize/grid_math.h"
 #include "quantize/methods.h"
 #include "tests/support.h"
@@ -242,89 +240,6 @@ TEST_CASE("the sweep gives the codes and scales of an independent implementation
     CHECK(at::allclose(result.quantized.scales.to(at::kDouble), matrix(item.at("scales"), rows, spec.scale_count(columns)), 0, 0));
     CHECK(result.sweep_loss == Approx(item.at("loss").get<double>()).epsilon(1e-6));
   }
-}
-
-TEST_CASE("pruning in the sweep gives the masks, codes and scales of an independent implementation", "[quantize][gptq][joint]") {
-  const Json golden = read_json(testing::source_folder() / "tests" / "goldens" / "gptq.json").at("joint");
-  const std::int64_t rows = golden.at("rows"), columns = golden.at("columns");
-  const auto matrix = [](const Json& values, std::int64_t r, std::int64_t c) {
-    std::vector<double> flat = values.get<std::vector<double>>();
-    return at::from_blob(flat.data(), {r, c}, at::kDouble).clone();
-  };
-  REQUIRE(golden.at("cases").size() == 8);
-  for (const Json& item : golden.at("cases")) {
-    const GridSpec spec{find_grid(item.at("grid").get<std::string>()), item.at("group").get<std::int64_t>()};
-    LayerOptions options;
-    options.float64 = true;
-    options.act_order = item.at("act_order").get<bool>();
-    options.damping = item.at("damping").get<double>();
-    options.block = item.at("block").get<std::int64_t>();
-    options.sparse = SparsityPattern{item.at("sparsity").get<double>(), item.at("n").get<std::int64_t>(), item.at("m").get<std::int64_t>()};
-    const LayerInput input{matrix(golden.at("weight"), rows, columns).to(at::kFloat), matrix(golden.at("hessian"), columns, columns), {}, {}, item.contains("before") ? matrix(item.at("before"), rows, columns).to(at::kBool) : at::Tensor()};
-    const LayerResult result = quantize_gptq(input, spec, options);
-    CAPTURE(item.at("grid").get<std::string>(), spec.group, options.act_order, options.sparse->text());
-    CHECK(at::equal(result.mask.to(at::kDouble), matrix(item.at("mask"), rows, columns)));
-    CHECK(at::equal(result.quantized.codes.to(at::kDouble), matrix(item.at("codes"), rows, columns)));
-    CHECK(at::allclose(result.quantized.scales.to(at::kDouble), matrix(item.at("scales"), rows, spec.scale_count(columns)), 0, 0));
-    CHECK(result.sweep_loss == Approx(item.at("loss").get<double>()).epsilon(1e-6));
-    CHECK(decode(spec, result.quantized).masked_select(result.mask.logical_not()).eq(0).all().item<bool>());
-  }
-}
-
-TEST_CASE("pruning in the sweep: patterns by hand, edges, threads", "[quantize][gptq][joint]") {
-  const at::Tensor w = at::tensor({4.0f, -1.0f, 2.0f, 3.0f, -8.0f, 7.0f, 1.0f, 0.0f}).reshape({1, 8}), h = at::eye(8);
-  const GridSpec spec = gptq_spec("int8", 0);
-  LayerOptions options;
-  options.sparse = SparsityPattern{0, 2, 4};
-  const LayerResult pair = quantize_gptq({w, h, {}}, spec, options);  // independent inputs: by magnitude
-  CHECK(at::equal(pair.mask, at::tensor({1, 0, 0, 1, 1, 1, 0, 0}).to(at::kBool).reshape({1, 8})));
-  CHECK(at::allclose(decode(spec, pair.quantized), w.masked_fill(pair.mask.logical_not(), 0), 0, 0.05));
-  options.sparse = SparsityPattern{0.75};
-  CHECK(at::equal(quantize_gptq({w, h, {}}, spec, options).mask, at::tensor({0, 0, 0, 0, 1, 1, 0, 0}).to(at::kBool).reshape({1, 8})));
-  options.sparse = SparsityPattern{0.1};  // less than one weight of the row
-  CHECK(quantize_gptq({w, h, {}}, spec, options).mask.all().item<bool>());
-  options.sparse = SparsityPattern{0.5};
-  const LayerResult zeros = quantize_gptq({at::zeros({2, 8}), h, {}}, spec, options);
-  CHECK(zeros.mask.sum().item<std::int64_t>() == 8);
-  CHECK(decode(spec, zeros.quantized).eq(0).all().item<bool>());
-  CHECK(quantize_gptq({w.slice(1, 0, 1), at::eye(1), {}}, spec, options).mask.all().item<bool>());  // one column: half of it is none
-  const at::Tensor many = gptq_normal(130, 96, "joint-w"), moments = correlated_hessian(96, 400, "joint-h");
-  const int before = at::get_num_threads();
-  at::set_num_threads(1);
-  const LayerResult one = quantize_gptq({many, moments, {}}, gptq_spec("int4", 32), options);
-  at::set_num_threads(2);
-  const LayerResult two = quantize_gptq({many, moments, {}}, gptq_spec("int4", 32), options);
-  at::set_num_threads(before);
-  CHECK(at::equal(one.mask, two.mask));
-  CHECK(at::equal(one.quantized.codes, two.quantized.codes));
-  CHECK(one.mask.sum().item<std::int64_t>() == 130 * 48);
-  options.sparse = SparsityPattern{0, 2, 4};
-  const LayerResult grouped = quantize_gptq({many, moments, {}}, gptq_spec("int4", 32), options);
-  CHECK(grouped.mask.reshape({-1, 4}).sum(1).eq(2).all().item<bool>());
-  CHECK(contains_all(error_text([&] { quantize_gptq({many.slice(1, 0, 94), moments.slice(0, 0, 94).slice(1, 0, 94), {}}, gptq_spec("int4", 0), options); }), {"94 weights", "groups of 4"}));
-}
-
-TEST_CASE("pruning in the sweep beats pruning by SparseGPT and then GPTQ", "[quantize][gptq][joint]") {
-  for (const char* grid : {"int4", "int3"})
-    for (const SparsityPattern& pattern : {SparsityPattern{0.5}, SparsityPattern{0, 2, 4}}) {
-      if (!find_grid(grid)) continue;
-      double joint = 0, apart = 0;
-      int wins = 0;
-      for (int seed = 0; seed < 8; ++seed) {
-        const at::Tensor w = gptq_normal(96, 128, str("both-w", seed).c_str()), h = correlated_hessian(128, 400, str("both-h", seed).c_str());
-        const GridSpec spec = gptq_spec(grid, 32);
-        const SparseMatrix pruned = sparsegpt(w, input_metric(h, 0.01), pattern);
-        LayerOptions options;
-        const double second = output_error(w, decode(spec, quantize_gptq({pruned.weight, h, {}, {}, pruned.mask}, spec, options).quantized), h);
-        options.sparse = pattern;
-        const LayerResult both = quantize_gptq({w, h, {}}, spec, options);
-        const double first = output_error(w, decode(spec, both.quantized), h);
-        joint += first, apart += second, wins += first < second;
-      }
-      CAPTURE(std::string(grid), pattern.text(), joint / 8, apart / 8, wins);
-      CHECK(joint < apart);
-      CHECK(wins >= 7);
-    }
 }
 
 TEST_CASE("time of the linears of a block of SmolLM2-135M", "[.speed]") {

@@ -4,8 +4,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
-#include <functional>
-
 #include "tests/catch_torch.h"
 
 #include "quantize/methods.h"
@@ -122,100 +120,6 @@ TEST_CASE("grids without a zero and bases that mix are refused", "[quantize][mas
     CAPTURE(grid);
     CHECK_NOTHROW(check_masks(plan, other.context));
   }
-}
-
-namespace {
-
-struct JointStage : MaskedStage {
-  Json details = Json::object();
-  JointStage() { model = testing::tiny_decoder(3), context.masks.clear(), context.details = &details; }
-  QuantizeOptions joint(const char* grid, const char* pattern) const {
-    QuantizeOptions out = options(grid, "gptq");
-    out.has_sparse = true, out.sparse.pattern = pattern;
-    if (!*pattern) out.sparse.sparsity = 0.5;
-    return out;
-  }
-};
-
-}  // namespace
-
-TEST_CASE("a stage that prunes in its sweep: masks for later stages, zeros on the grid, its part of the report", "[quantize][masked][joint]") {
-  for (const char* pattern : {"2:4", ""})
-    for (const char* grid : {"int4", "ternary", "int4_asym", "q3_k"}) {
-      CAPTURE(pattern, grid);
-      JointStage stage;
-      QuantizeOptions options = stage.joint(grid, pattern);
-      if (std::string_view(grid) == "q3_k") options.group = -1, options.allow_fallback = true, options.fallback = "int8";
-      options.sparse.skip = {"*layers.1.mlp.down_proj"};
-      const QuantizedModel result = quantize(*stage.model, options, {}, stage.context);
-      CHECK(stage.context.masks.size() == stage.model->linears().size() - 1);
-      CHECK(stage.context.masks.count("model.layers.1.mlp.down_proj") == 0);
-      CHECK(stage.revived() == 0);
-      for (const auto& [name, mask] : stage.context.masks) {
-        if (*pattern) CHECK(mask.reshape({-1, 4}).sum(1).eq(2).all().item<bool>());
-        else CHECK(mask.sum().item<std::int64_t>() == mask.numel() / 2);
-        CHECK(at::equal(decode(result.plan.tensors.at(name), result.tensors.at(name)), stage.model->find_linear(name)->weight));
-      }
-      const Json& sparsity = stage.details.at("sparsity");
-      CHECK(sparsity.at("layers").size() == stage.context.masks.size());
-      CHECK(sparsity.at("dense") == Json({"model.layers.1.mlp.down_proj"}));
-      CHECK(sparsity.at("weights").get<std::int64_t>() == 2 * sparsity.at("zeros").get<std::int64_t>());
-      CHECK(sparsity.at("layers").at(0).at("sparsity") == 0.5);
-      CHECK(sparsity.at("layers").at(0).at("output_error").get<double>() > 0);
-    }
-}
-
-TEST_CASE("masks of an earlier stage count in the sweep", "[quantize][masked][joint]") {
-  MaskedStage stage;  // 2:4 already
-  const WeightMasks before = stage.context.masks;
-  QuantizeOptions options = stage.options("int4", "gptq");
-  options.has_sparse = true, options.sparse.pattern = "2:4";
-  quantize(*stage.model, options, {}, stage.context);
-  for (const auto& [name, mask] : before) CHECK(at::equal(mask, stage.context.masks.at(name)));
-  options.sparse.pattern = "1:4";
-  quantize(*stage.model, options, {}, stage.context);
-  for (const auto& [name, mask] : before) {
-    CHECK(stage.context.masks.at(name).reshape({-1, 4}).sum(1).eq(1).all().item<bool>());
-    CHECK(!stage.context.masks.at(name).logical_and(mask.logical_not()).any().item<bool>());
-  }
-  CHECK(stage.revived() == 0);
-}
-
-TEST_CASE("a resumed sweep has the masks of its finished blocks", "[quantize][masked][joint]") {
-  JointStage again, whole;  // one work folder
-  quantize(*whole.model, whole.joint("int4", "2:4"), {}, whole.context);
-  std::filesystem::remove_all(whole.context.work / "block-0002");  // as if killed in the last block
-  REQUIRE(std::filesystem::exists(whole.context.work / "block-0001"));
-  again.context.resume = true;
-  quantize(*again.model, again.joint("int4", "2:4"), {}, again.context);
-  CHECK(testing::same_parameters(testing::copy_of(*again.model), testing::copy_of(*whole.model)));
-  REQUIRE(again.context.masks.size() == whole.context.masks.size());
-  for (const auto& [name, mask] : whole.context.masks) CHECK(at::equal(mask, again.context.masks.at(name)));
-  CHECK(again.details.at("sparsity").at("zeros") == whole.details.at("sparsity").at("zeros"));
-}
-
-TEST_CASE("pruning in the sweep: what cannot be is refused before compute", "[quantize][masked][joint]") {
-  JointStage stage;
-  const auto refused = [&](const std::function<void(QuantizeOptions&)>& change) {
-    QuantizeOptions options = stage.joint("int4", "2:4");
-    change(options);
-    return error_text([&] { plan_quantization(stage.model->config(), options); });
-  };
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.method = "rtn"; }), {"quantize.sparse", "method: rtn", "method: gptq", "prune: {unstructured"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.sparsity = 0.5; }), {"two different things"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = ""; }), {"needs a sparsity or a pattern"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = "4:4"; }), {"4:4", "N below M"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = "2:5"; }), {"does not divide into groups of 5", "nearest: 2:4"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.pattern = "3:6", o.group = 4, o.keep_float = {"*o_proj", "*down_proj"}; }), {"scales over 4 weights", "groups of 6"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.skip = {"*nothing"}; }), {"*nothing", "names such as"}));
-  QuantizationPlan plan;
-  plan.tensors["model.layers.0.mlp.up_proj"] = {find_grid("q4_1"), 32};
-  Problems problems;
-  check_joint_plan(stage.joint("q4_1", "2:4"), plan, {{"model.layers.0.mlp.up_proj", 64}}, problems);
-  CHECK(contains_all(error_text([&] { problems.throw_if_any("refused"); }), {"q4_1", "no zero", "ternary", "int4_asym"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.sparse.skip = {"*"}; }), {"no matrix is left"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.tune = "scales"; }), {"tuning would fill"}));
-  CHECK(contains_all(refused([](QuantizeOptions& o) { o.has_budget = true, o.budget.bytes = 1; }), {"budget"}));
 }
 
 }  // namespace kompakt
