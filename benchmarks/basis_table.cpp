@@ -24,7 +24,7 @@
 #include "evaluate/language.h"
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
-#include "quantize/invariance.h"
+#include "model/invariance.h"
 #include "quantize/stage.h"
 
 using namespace kompakt;

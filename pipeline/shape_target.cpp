@@ -3,6 +3,7 @@
 #include <c10/core/Device.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <set>
@@ -13,6 +14,7 @@
 #include "pipeline/recipe.h"
 #include "pipeline/stage_options.h"
 #include "pipeline/stages.h"
+#include "prune/stage.h"
 #include "quantize/stage.h"
 #include "train/optimizer.h"
 
@@ -37,6 +39,15 @@ std::int64_t target_embedding(const Exporter* exporter, const Transformer& shape
   return found != plan.end() && exporter && exporter->tensor_bytes ? exporter->tensor_bytes(found->second, config.vocab, config.hidden) : config.vocab * config.hidden * float_size;
 }
 
+// What half precision does not hold: all after a training; behind a narrower stream the gains of its norms, and an embedding whose
+// scale follows the hidden size.
+std::function<bool(const std::string&)> target_whole(const ModelConfig& config, bool trained) {
+  return [trained, scaled = config.embedding_scale != 1](const std::string& name) {
+    const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+    return trained || (has("norm") && !has("q_norm") && !has("k_norm")) || (scaled && has("embed_tokens"));
+  };
+}
+
 }  // namespace
 
 ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenizer& tokenizer, const Tokenizer* pruned) {
@@ -51,21 +62,25 @@ ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenize
   const Exporter* first = saves == exports.end() ? nullptr : *saves;
   if (exports.empty() && quantize) first = find_exporter("kompakt");
   // What was trained has values that half precision does not hold; what is as the checkpoint has it is taken to have none.
-  bool trained = false;
+  bool trained = false, narrower = false;
   for (std::size_t i = 0; i <= stage; ++i) {
     const Node& options = recipe.stages[i].options;
     const Node* compensate = options.find("compensate");
     trained = trained || recipe.stages[i].row->needs_train || options.find("recover") || (compensate && compensate->scalar != "none");
+    if (recipe.stages[i].row->name != "prune") continue;
+    const StructuredOptions shape = target_options<PruneOptions>(recipe.stages[i]).structured;
+    narrower = narrower || shape.hidden < 1;
+    trained = trained || (shape.hidden < 1 && shape.hidden_by == "rotate");
   }
   ShapeTarget target;
   if (first) target.format = std::string(first->name);
   const auto words = [full = &tokenizer, pruned](const ModelConfig& config) -> const Tokenizer& { return pruned && pruned->vocab_size() == config.vocab ? *pruned : *full; };
   if (!quantize) {
-    target.size = [first, words, &recipe, trained](const ModelConfig& config) -> FileSize {
+    target.size = [first, words, &recipe, trained, narrower](const ModelConfig& config) -> FileSize {
       const Transformer shapes(config, 0, c10::Device(c10::kMeta));
       const std::int64_t floats = count_parameters(config).total * 4;
       BudgetTarget files = first ? budget_target(recipe, shapes, words(config), false) : BudgetTarget{};
-      if (first && trained) keep_whole_floats(files, shapes, [](const std::string&) { return true; });
+      if (first && (trained || narrower)) keep_whole_floats(files, shapes, target_whole(config, trained));
       return {first ? files.file_bytes({}) : floats, target_embedding(first, shapes, {}, first ? 2 : 4)};
     };
     return target;
@@ -100,10 +115,10 @@ ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenize
     return specs.empty();
   };
   if (!first) return target;
-  target.size = [quantize, first, words, &recipe, trained](const ModelConfig& config) -> FileSize {
+  target.size = [quantize, first, words, &recipe, trained, narrower](const ModelConfig& config) -> FileSize {
     const Transformer shapes(basis_config(config, quantize->basis), 0, c10::Device(c10::kMeta));
     BudgetTarget files = budget_target(recipe, shapes, words(config), quantize->others == "f16");
-    if (trained && quantize->others != "f16") keep_whole_floats(files, shapes, [](const std::string&) { return true; });
+    if ((trained || narrower) && quantize->others != "f16") keep_whole_floats(files, shapes, target_whole(config, trained));
     std::map<std::string, GridSpec> plan;
     try {
       if (quantize->has_budget) {

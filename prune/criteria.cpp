@@ -15,14 +15,33 @@
 #include "core/log.h"
 #include "core/random.h"
 #include "core/text.h"
+#include "prune/channels.h"
 #include "train/step_batches.h"
 #include "train/targets.h"
 #include "train/teacher.h"
 
 namespace kompakt {
-namespace {
 
 using at::Tensor;
+
+Tensor valid_tokens(const ModelInput& input) {
+  if (!input.lengths.defined()) return at::ones_like(input.ids, at::kBool);
+  return at::arange(input.ids.size(1), input.lengths.options()).unsqueeze(0) < input.lengths.unsqueeze(1);
+}
+
+Tensor example_losses(const Tensor& all, const TokenBatch& batch) {
+  const Tensor logits = all.to(at::kFloat);
+  if (!batch.labels.empty()) {
+    const Tensor labels = at::tensor(at::ArrayRef<std::int64_t>(batch.labels), at::kLong).to(logits.device());
+    return at::cross_entropy_loss(logits, labels, {}, at::Reduction::None);
+  }
+  const std::vector<std::int64_t> next = next_tokens(batch);
+  const Tensor labels = at::tensor(at::ArrayRef<std::int64_t>(next), at::kLong).to(logits.device());
+  const Tensor losses = at::cross_entropy_loss(logits.flatten(0, 1), labels, {}, at::Reduction::None, no_target).reshape({batch.rows, batch.columns});
+  return losses.sum(1) / labels.ne(no_target).reshape({batch.rows, batch.columns}).sum(1).clamp_min(1);
+}
+
+namespace {
 
 std::string criteria_tap(std::size_t layer, const char* what) { return str("layer.", layer, ".", what); }
 
@@ -42,25 +61,6 @@ UnitScores criteria_zeros(const Transformer& model) {
     scores.heads.push_back(at::zeros({block.attention.heads}, at::kDouble));
   }
   return scores;
-}
-
-// [B,T] true where a token is no padding.
-Tensor criteria_valid(const ModelInput& input) {
-  if (!input.lengths.defined()) return at::ones_like(input.ids, at::kBool);
-  return at::arange(input.ids.size(1), input.lengths.options()).unsqueeze(0) < input.lengths.unsqueeze(1);
-}
-
-// Loss of every sequence on its own [B]: cross entropy with the class, or the mean over its next tokens.
-Tensor criteria_losses(const Transformer& model, const TokenBatch& batch, const ModelInput& input, TapMap& taps) {
-  const Tensor logits = model.forward(input, &taps).to(at::kFloat);
-  if (!batch.labels.empty()) {
-    const Tensor labels = at::tensor(at::ArrayRef<std::int64_t>(batch.labels), at::kLong).to(logits.device());
-    return at::cross_entropy_loss(logits, labels, {}, at::Reduction::None);
-  }
-  const std::vector<std::int64_t> next = next_tokens(batch);
-  const Tensor labels = at::tensor(at::ArrayRef<std::int64_t>(next), at::kLong).to(logits.device());
-  const Tensor losses = at::cross_entropy_loss(logits.flatten(0, 1), labels, {}, at::Reduction::None, no_target).reshape({batch.rows, batch.columns});
-  return losses.sum(1) / labels.ne(no_target).reshape({batch.rows, batch.columns}).sum(1).clamp_min(1);
 }
 
 // Puts back which parameters want gradients, on every way out.
@@ -98,7 +98,7 @@ UnitScores criteria_gates(Transformer& model, const std::vector<TokenBatch>& bat
     const at::AutoGradMode gradients(true);
     const ModelInput input = to_input(batch, model.device());
     TapMap taps = criteria_taps(model);
-    const Tensor loss = criteria_losses(model, batch, input, taps).sum();  // examples do not meet: each keeps its own gradient
+    const Tensor loss = example_losses(model.forward(input, &taps), batch).sum();  // examples do not meet: each keeps its own gradient
     std::vector<Tensor> acts;
     for (std::size_t i = 0; i < layers; ++i) {
       acts.push_back(taps.at(criteria_tap(i, "ffn")));
@@ -164,7 +164,7 @@ void criteria_walk(const Transformer& model, const std::vector<TokenBatch>& batc
     const ModelInput input = to_input(batch, model.device());
     TapMap taps = criteria_taps(model);
     model.hidden(input, &taps);
-    const Tensor valid = criteria_valid(input);
+    const Tensor valid = valid_tokens(input);
     for (std::size_t i = 0; i < model.blocks.size(); ++i) visit(i, taps.at(criteria_tap(i, "ffn")), taps.at(criteria_tap(i, "context")), valid);
   }
 }
@@ -268,13 +268,13 @@ UnitScores criteria_random(Transformer& model, const std::vector<TokenBatch>&, s
 }
 
 constexpr std::array<Criterion, 7> criteria_table{{
-    {"taylor", "first-order Taylor: mean square of the loss gradient at a gate on the unit (empirical Fisher)", true, true, criteria_taylor},
-    {"taylor_abs", "first-order Taylor: mean magnitude of the same gradient", true, true, criteria_taylor_abs},
-    {"magnitude", "L2 norm of the unit's weights", false, false, criteria_magnitude},
-    {"activation_norm", "mean activation of the unit, L2 over sequences (Minitron)", true, false, criteria_activation},
-    {"flap", "variance of the activation times the squared norm of the weights that read it (FLAP)", true, false, criteria_flap},
-    {"obs", "error of the projection behind the unit when the other units make up for it: goes with compensate", true, false, criteria_obs},
-    {"random", "a seeded draw: the control that every other criterion must beat", false, false, criteria_random},
+    {"taylor", "first-order Taylor: mean square of the loss gradient at a gate on the unit (empirical Fisher)", true, true, criteria_taylor, channels_taylor},
+    {"taylor_abs", "first-order Taylor: mean magnitude of the same gradient", true, true, criteria_taylor_abs, channels_taylor_abs},
+    {"magnitude", "L2 norm of the unit's weights", false, false, criteria_magnitude, channels_magnitude},
+    {"activation_norm", "mean activation of the unit, L2 over sequences (Minitron)", true, false, criteria_activation, channels_activation},
+    {"flap", "variance of the activation times the squared norm of the weights that read it (FLAP)", true, false, criteria_flap, channels_flap},
+    {"obs", "error of the projection behind the unit when the other units make up for it: goes with compensate", true, false, criteria_obs, nullptr},
+    {"random", "a seeded draw: the control that every other criterion must beat", false, false, criteria_random, channels_random},
 }};
 
 }  // namespace
@@ -293,14 +293,35 @@ std::vector<std::string> criterion_names() {
   return names;
 }
 
-UnitScores measure_units(const Criterion& criterion, Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t seed) {
+std::vector<std::string> channel_criterion_names() {
+  std::vector<std::string> names;
+  for (const Criterion& row : criteria_table)
+    if (row.channels) names.emplace_back(row.name);
+  return names;
+}
+
+namespace {
+
+void criteria_check(const Criterion& criterion, Transformer& model, const std::vector<TokenBatch>& batches) {
   if (criterion.needs_data && batches.empty()) throw Error(str("the criterion ", criterion.name, " needs data to measure on, and there is none")).hint("give training or calibration data, or use the criterion magnitude");
   if (criterion.needs_gradients) {
     for (const Linear* linear : model.linears())
       if (linear->transform || linear->input_transform)
         throw Error(str("the criterion ", criterion.name, " needs gradients, and the model is already quantized or masked")).at(linear->name).hint("prune before quantizing");
   }
+}
+
+}  // namespace
+
+UnitScores measure_units(const Criterion& criterion, Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t seed) {
+  criteria_check(criterion, model, batches);
   return criterion.measure(model, batches, seed);
+}
+
+Tensor measure_channels(const Criterion& criterion, Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t seed) {
+  if (!criterion.channels) throw std::logic_error(str("measure_channels: ", criterion.name, " measures none"));
+  criteria_check(criterion, model, batches);
+  return criterion.channels(model, batches, seed);
 }
 
 std::vector<TokenBatch> measuring_batches(const TaskData& data, std::int64_t samples, std::uint64_t seed, std::int64_t batch_size) {
@@ -352,7 +373,7 @@ std::vector<double> block_influence(const Transformer& model, const std::vector<
       taps.request(criteria_tap(i, "output"));
     }
     model.hidden(input, &taps);
-    const Tensor valid = criteria_valid(input);
+    const Tensor valid = valid_tokens(input);
     count += valid.sum().item<double>();
     for (std::size_t i = 0; i < sums.size(); ++i) {
       const Tensor cosine = at::cosine_similarity(taps.at(criteria_tap(i, "input")).to(at::kFloat), taps.at(criteria_tap(i, "output")).to(at::kFloat), -1, 1e-8);

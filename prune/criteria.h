@@ -32,13 +32,24 @@ struct Criterion {
   bool needs_data;       // forward passes over `batches`
   bool needs_gradients;  // a model without weight transforms
   UnitScores (*measure)(Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t seed);
+  // Of the channels of a decoder's residual stream, float64 [d] on the CPU (prune/channels.h); null: the criterion has none.
+  at::Tensor (*channels)(Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t seed);
 };
 std::span<const Criterion> criteria();
 const Criterion* find_criterion(std::string_view name);
 std::vector<std::string> criterion_names();
+std::vector<std::string> channel_criterion_names();  // those that measure channels
 
 // Runs a row after checking what it needs: Error where the model has weight transforms or there is no data.
 UnitScores measure_units(const Criterion& criterion, Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t seed);
+
+// Importance of every channel of the residual stream [d], after the same checks.
+at::Tensor measure_channels(const Criterion& criterion, Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t seed);
+
+// Loss of every sequence on its own [B]: cross entropy with the class, or the mean over its next tokens.
+at::Tensor example_losses(const at::Tensor& logits, const TokenBatch& batch);
+// [B,T] true where a token is no padding.
+at::Tensor valid_tokens(const ModelInput& input);
 
 // Block influence (ShortGPT): 1 - mean over valid tokens of the cosine between a layer's input and output.
 std::vector<double> block_influence(const Transformer& model, const std::vector<TokenBatch>& batches);

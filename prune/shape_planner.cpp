@@ -20,6 +20,17 @@ std::string shape_linear(const ModelConfig& config, bool feed_forward) {
   return feed_forward ? shapes.blocks[0].mlp.down.name : shapes.blocks[0].attention.output.name;
 }
 
+// All that reads the residual stream: its rows are as long as the stream is wide.
+std::vector<std::string> shape_readers(const ModelConfig& config) {
+  const ModelConfig one = with_layers(config, 1);
+  const Transformer shapes(one, 0, c10::Device(c10::kMeta));
+  const Block& block = shapes.blocks[0];
+  std::vector<std::string> names;
+  for (const Linear* linear : {&block.attention.query, &block.attention.key, &block.attention.value, &block.mlp.gate, &block.mlp.up})
+    if (linear->weight.defined()) names.push_back(linear->name);
+  return names;
+}
+
 bool shape_holds(const ShapeTarget& target, const std::string& linear, std::int64_t columns, std::string& why) { return !target.holds || target.holds(linear, columns, why); }
 
 std::string shape_share(std::int64_t value, std::int64_t full) { return shortest(std::round(1e4 * static_cast<double>(value) / static_cast<double>(full)) / 1e4); }
@@ -67,6 +78,19 @@ std::vector<std::int64_t> valid_widths(const ModelConfig& config, std::int64_t m
   return out;
 }
 
+std::vector<std::int64_t> valid_hidden(const ModelConfig& config, std::int64_t multiple, const ShapeTarget& target) {
+  const std::vector<std::string> readers = shape_readers(config);
+  const auto held = [&](std::int64_t width) {
+    std::string why;
+    return std::all_of(readers.begin(), readers.end(), [&](const std::string& reader) { return shape_holds(target, reader, width, why); });
+  };
+  std::vector<std::int64_t> out;
+  if (held(config.hidden)) out.push_back(config.hidden);
+  for (std::int64_t width = (config.hidden - 1) / multiple * multiple; width > 0; width -= multiple)
+    if (held(width)) out.push_back(width);
+  return out;
+}
+
 std::vector<HeadPlan> valid_heads(const ModelConfig& config, const ShapeTarget& target) {
   const std::string linear = shape_linear(config, false);
   const std::int64_t group = config.heads / config.kv_heads;
@@ -91,6 +115,15 @@ void check_shape(const ModelConfig& config, const PruneOptions& options, const S
     Error error(str("a feed-forward width of ", after.ffn, " cannot be stored as ", shape_storage(target), ": ", why));
     error.at("structured.ffn").given(str(shortest(options.structured.ffn), " of ", config.ffn, " neurons, rounded to a multiple of ", options.multiple_of));
     error.allowed(valid.empty() ? std::string("no multiple of multiple_of fits") : str("nearest: ", shape_nearest(after.ffn, config.ffn, valid, "neurons")));
+    error.hint("choose one of these shares, a multiple_of that the grid's groups divide, or a grid with smaller groups");
+    throw error;
+  }
+  const std::vector<std::string> readers = after.hidden < config.hidden ? shape_readers(config) : std::vector<std::string>();
+  if (!std::all_of(readers.begin(), readers.end(), [&](const std::string& reader) { return shape_holds(target, reader, after.hidden, why); })) {
+    const std::vector<std::int64_t> valid = valid_hidden(config, options.multiple_of, target);
+    Error error(str("a hidden size of ", after.hidden, " cannot be stored as ", shape_storage(target), ": ", why));
+    error.at("structured.hidden").given(str(shortest(options.structured.hidden), " of ", config.hidden, " channels, rounded to a multiple of ", options.multiple_of));
+    error.allowed(valid.empty() ? std::string("no multiple of multiple_of fits") : str("nearest: ", shape_nearest(after.hidden, config.hidden, valid, "channels")));
     error.hint("choose one of these shares, a multiple_of that the grid's groups divide, or a grid with smaller groups");
     throw error;
   }
@@ -128,6 +161,11 @@ std::vector<ShapeAxis> plan_shapes(const ModelConfig& config, const PruneOptions
     ShapeAxis heads{"attention heads", "structured.heads", config.heads, str(config.heads == config.kv_heads ? "any number" : "whole key/value groups, or equally many of each", held), {}};
     for (const HeadPlan& plan : valid_heads(config, target)) heads.choices.push_back({plan.heads, plan.kv_heads, 1, {}, plan.heads == after.heads});
     finish(std::move(heads), [](ModelConfig& shape, const ShapeChoice& choice) { shape.heads = choice.value, shape.kv_heads = choice.kv_heads; });
+    if (after.hidden < config.hidden) {
+      ShapeAxis hidden{"hidden size", "structured.hidden", config.hidden, str("multiples of ", options.multiple_of, held), {}};
+      for (const std::int64_t width : valid_hidden(config, options.multiple_of, target)) hidden.choices.push_back({width, 0, 1, {}, width == after.hidden});
+      finish(std::move(hidden), [](ModelConfig& shape, const ShapeChoice& choice) { shape.hidden = choice.value; });
+    }
     ShapeAxis layers{"layers", "structured.layers", config.layers, "any number", {}};
     for (std::int64_t n = config.layers; n > 0; --n) layers.choices.push_back({n, 0, 1, {}, n == after.layers});
     finish(std::move(layers), [&config](ModelConfig& shape, const ShapeChoice& choice) {

@@ -45,6 +45,7 @@ struct ShapeAxis {
 // All valid values, falling. Widths: multiples of `multiple`, and the present one. Heads: whole key/value groups, or equally
 // many query heads of every group.
 std::vector<std::int64_t> valid_widths(const ModelConfig& config, std::int64_t multiple, const ShapeTarget& target);
+std::vector<std::int64_t> valid_hidden(const ModelConfig& config, std::int64_t multiple, const ShapeTarget& target);
 std::vector<HeadPlan> valid_heads(const ModelConfig& config, const ShapeTarget& target);
 
 // Error with the reason and the nearest valid values when the shape that `options` lead to cannot be stored by `target`.

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <set>
 #include <stdexcept>
@@ -12,6 +13,7 @@
 #include "core/log.h"
 #include "core/text.h"
 #include "model/families.h"
+#include "prune/channels.h"
 #include "prune/criteria.h"
 #include "prune/stream_refit.h"
 #include "prune/structured.h"
@@ -22,6 +24,7 @@ namespace kompakt {
 namespace {
 
 constexpr std::int64_t stage_heat_bins = 32;
+constexpr double stage_ridge = 1e-3;  // of refits to the stream
 
 // Mean importance of `bins` equal parts of the units, most important first, relative to the layer's mean: a row of the heat map.
 Json stage_heat_row(const at::Tensor& scores, std::int64_t bins) {
@@ -102,11 +105,19 @@ void stage_keep_grown(Transformer& model, const PruneOptions& options, WeightMas
 
 // Objectives are made before the cut: those that look at layers would look at the wrong ones after some are gone.
 void stage_check_objectives(const PruneOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, const StageContext& context) {
-  if (!options.has_recover || !options.has_structured || options.structured.layers == 0) return;
+  if (!options.has_recover || !options.has_structured || (options.structured.layers == 0 && options.structured.hidden == 1)) return;
   std::set<std::string> student, teacher;
   for (const auto& objective : objectives) objective->request_taps(student, teacher);
   for (const std::string& tap : student)
-    if (starts_with(tap, "layer.")) throw Error("hidden and relation losses cannot be used in the recovery of a stage that removes layers: which ones go is not known yet").at(context.title).hint("recover with logits and labels, or in a stage distill of its own");
+    if (options.structured.layers > 0 && starts_with(tap, "layer.")) throw Error("hidden and relation losses cannot be used in the recovery of a stage that removes layers: which ones go is not known yet").at(context.title).hint("recover with logits and labels, or in a stage distill of its own");
+    else if (options.structured.hidden < 1) throw Error(str("a loss compares inner states of the model (", tap, "), and the stage leaves fewer channels than they were made for")).at(context.title).hint("recover with logits and labels, or in a stage distill of its own");
+}
+
+// Of the channels: importance, or (rotated) the energy of each; share of it that stays.
+Json stage_hidden_json(const StructuredOptions& options, const std::string& criterion, const at::Tensor& scores, const std::vector<std::int64_t>& kept, std::size_t examples) {
+  Json out{{"by", options.hidden_by}, {"samples", examples}, {"scores", stage_heat_row(scores, stage_heat_bins)}, {"share_kept", stage_share_kept(scores, kept)}};
+  if (options.hidden_by == "select") out["criterion"] = criterion, out["kept"] = kept;
+  return out;
 }
 
 void stage_cut(Transformer& model, const PruneOptions& options, StageContext& context) {
@@ -121,7 +132,9 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
   std::size_t examples = 0;
   for (const TokenBatch& batch : batches) examples += static_cast<std::size_t>(batch.rows);
 
-  const bool to_stream = options.compensate == "stream";
+  const bool to_stream = options.compensate == "stream", narrows = after.hidden < before.hidden, rotates = narrows && structured.hidden_by == "rotate";
+  at::Tensor energies;
+  if (rotates) energies = rotate_to_principal(model, batches, structured.untie);  // what follows is in the new basis
   const std::unique_ptr<Transformer> original = to_stream ? model.clone() : nullptr;
   std::vector<std::int64_t> left(static_cast<std::size_t>(before.layers));
   std::iota(left.begin(), left.end(), 0);
@@ -149,9 +162,29 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
     if (context.details) (*context.details)["importance"] = describe_importance(options.criterion, scores, kept, examples);
     log_info(str(context.title, ": feed-forward ", before.ffn, " -> ", after.ffn, ", heads ", before.heads, " -> ", after.heads, " (", options.criterion, ", ", examples, " examples)"));
   }
-  if (to_stream && (after.layers < before.layers || after.ffn < before.ffn || after.heads < before.heads)) {
-    const CalibrationSet set = calibration_set(context, options.samples, "compensate: none");
-    refit_to_stream(model, *original, left, set);
+  std::vector<std::int64_t> channels;
+  std::unique_ptr<Transformer> wide;  // with all channels
+  if (narrows) {
+    if (rotates) {
+      channels.resize(static_cast<std::size_t>(after.hidden));
+      std::iota(channels.begin(), channels.end(), 0);
+    } else {
+      energies = measure_channels(*criterion, model, batches, context.seed);
+      channels = best_channels(energies, after.hidden);
+    }
+    wide = model.clone();
+    cut_hidden(model, channels);
+    removed["hidden"] = {before.hidden, after.hidden};
+    const Json details = stage_hidden_json(structured, options.criterion, energies, channels, examples);
+    log_info(str(context.title, ": hidden size ", before.hidden, " -> ", after.hidden, " (", rotates ? "rotated" : options.criterion.c_str(), ", ", examples, " examples), ", fixed(100 * details.at("share_kept").get<double>(), 1), "% of the ", rotates ? "energy" : "importance", " stays"));
+    if (context.details) (*context.details)["hidden"] = details;
+  }
+  if (narrows || (to_stream && (after.layers < before.layers || after.ffn < before.ffn || after.heads < before.heads))) {
+    const CalibrationSet set = calibration_set(context, options.samples, narrows ? "structured.hidden: 1" : "compensate: none");
+    const NarrowStream narrow{narrows ? *wide : model, channels, options.compensate != "none", to_stream};
+    std::vector<std::int64_t> all(static_cast<std::size_t>(model.config().layers));
+    std::iota(all.begin(), all.end(), 0);
+    refit_to_stream(model, to_stream ? *original : *wide, to_stream ? left : all, set, stage_ridge, narrows ? &narrow : nullptr);
     if (context.details) (*context.details)["calibration"] = Json{{"sequences", set.sequences}, {"tokens", set.tokens}, {"sha256", set.hash}};
   }
   if (after.heads < before.heads && after.family && after.family->encoder)
@@ -165,11 +198,14 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
 }  // namespace
 
 void fields(FieldVisitor& visitor, PruneOptions& options) {
-  visitor.section("structured", options.has_structured, "neurons, heads and layers that are really removed", [&](FieldVisitor& inner) {
+  visitor.section("structured", options.has_structured, "neurons, heads, layers and channels that are really removed", [&](FieldVisitor& inner) {
     inner.number("ffn", options.structured.ffn, "share of feed-forward neurons kept", {.min = 0.0, .max = 1.0, .open_min = true});
     inner.number("heads", options.structured.heads, "share of attention heads kept; with grouped queries whole groups, or equally many heads of each", {.min = 0.0, .max = 1.0, .open_min = true});
     inner.integer("layers", options.structured.layers, "layers to remove", {.min = 0.0});
     inner.choice("depth", options.structured.depth, "which layers go", depth_criterion_names());
+    inner.number("hidden", options.structured.hidden, "share of the hidden size kept: channels of the residual stream (decoders)", {.min = 0.0, .max = 1.0, .open_min = true});
+    inner.choice("hidden_by", options.structured.hidden_by, "channels chosen by criterion (select), or the stream rotated to its principal components, of which the first stay (rotate)", {"select", "rotate"});
+    inner.flag("untie", options.structured.untie, "hidden_by rotate: give a tied head a matrix of its own, without which the stream cannot be rotated");
   });
   visitor.section("unstructured", options.has_unstructured, "single weights set to zero; the masks are kept by every later stage", [&](FieldVisitor& inner) { fields(inner, options.unstructured); });
   visitor.section("vocabulary", options.has_vocabulary, "rows of the embedding that no training text uses are removed, the tokenizer is rewritten", [&](FieldVisitor& inner) {
@@ -177,14 +213,31 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
     inner.integer("max_positions", options.vocabulary.max_positions, "rows of learned position embeddings to keep: the longest text in tokens; 0 = all", {.min = 0.0});
     inner.integer("multiple_of", options.vocabulary.multiple_of, "fill the kept ids up to a multiple of this, with the lowest of those that would go", {.min = 1.0});
   });
-  visitor.choice("criterion", options.criterion, "importance of a neuron or head", criterion_names());
+  visitor.choice("criterion", options.criterion, "importance of a neuron, a head or a selected channel", criterion_names());
   visitor.integer("samples", options.samples, "training examples or calibration windows that importance is measured on", {.min = 1.0});
-  visitor.integer("multiple_of", options.multiple_of, "feed-forward widths are rounded to a multiple (256 suits all GGUF types)", {.min = 1.0});
-  visitor.choice("compensate", options.compensate, "least-squares refit of output and down projections after the cut: to their own outputs (ls), or to the residual stream of the uncut model, removed layers included (stream)", {"none", "ls", "stream"});
+  visitor.integer("multiple_of", options.multiple_of, "feed-forward width and hidden size are rounded to a multiple (256 suits all GGUF types)", {.min = 1.0});
+  visitor.choice("compensate", options.compensate, "least-squares refit after the cut: of output and down projections, and of what reads a narrower stream, to their own outputs (ls), or to the residual stream of the uncut model, removed layers included (stream)", {"none", "ls", "stream"});
   visitor.section("schedule", options.has_schedule, "the sparsity of unstructured grows during the recovery, by magnitude, instead of at once before it", [&](FieldVisitor& inner) { fields(inner, options.schedule); });
   visitor.section("recover", options.has_recover, "training after the cut", [&](FieldVisitor& inner) { fields(inner, options.recover); });
   visitor.subtree("objective", options.objective, "objectives of the recovery, as in distill");
 }
+
+namespace {
+
+void stage_check_hidden(const ModelConfig& config, const PruneOptions& options) {
+  const StructuredOptions& structured = options.structured;
+  if (const std::string obstacle = hidden_obstacle(config); !obstacle.empty()) throw Error(str("the residual stream cannot be made narrower: ", obstacle)).at("structured.hidden").given(shortest(structured.hidden)).allowed("1").hint("cut ffn, heads, layers or the vocabulary");
+  if (structured.hidden_by == "rotate") {
+    if (const std::string obstacle = hidden_rotation_obstacle(config, structured.untie); !obstacle.empty())
+      throw Error(str("the residual stream cannot be rotated: ", obstacle)).at("structured.hidden_by").given("rotate").allowed(hidden_rotation_obstacle(config, true).empty() ? "rotate with untie: true, or select" : "select");
+    return;
+  }
+  if (structured.untie) throw Error("a head is untied for a rotation of the stream only").at("structured.untie").given("hidden_by: select").hint("write hidden_by: rotate, or leave untie out");
+  if (const Criterion* criterion = find_criterion(options.criterion); criterion && !criterion->channels)
+    throw Error(str("the criterion ", options.criterion, " measures no channels of the residual stream")).at("prune.criterion").given(options.criterion).allowed(join(channel_criterion_names(), ", ")).hint("or take hidden_by: rotate, which needs none");
+}
+
+}  // namespace
 
 ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options) {
   check_schedule(options);
@@ -202,6 +255,14 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
   const HeadPlan heads = plan_heads(config.heads, config.kv_heads, structured.heads);
   out.heads = heads.heads;
   out.kv_heads = heads.kv_heads;
+  if (structured.hidden < 1) {
+    stage_check_hidden(config, options);
+    out.hidden = plan_width(config.hidden, structured.hidden, options.multiple_of, hidden_words);
+    if (config.embedding_scale != 1) out.embedding_scale *= std::sqrt(static_cast<double>(out.hidden) / static_cast<double>(config.hidden));
+    if (structured.hidden_by == "rotate") out.tied = false;
+  } else if (structured.hidden_by != "select" || structured.untie) {
+    throw Error("no channel of the residual stream is removed").at(structured.untie ? "structured.untie" : "structured.hidden_by").given("hidden: 1").hint("write hidden: 0.75, or leave the key out");
+  }
   if (options.has_unstructured) check_unstructured(out, options.unstructured);
   return out;
 }

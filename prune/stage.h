@@ -1,4 +1,4 @@
-// The stage `prune`: neurons, heads, layers and vocabulary really removed, the result is a plain smaller model; or single
+// The stage `prune`: neurons, heads, layers, channels of the residual stream and vocabulary really removed, the result is a plain smaller model; or single
 // weights set to zero for good.
 #pragma once
 
@@ -22,6 +22,9 @@ struct StructuredOptions {
   double heads = 1.0;        // share of attention heads kept (whole key/value groups for grouped queries)
   std::int64_t layers = 0;   // layers to remove
   std::string depth = "block_influence";  // row of the table of depth criteria: which
+  double hidden = 1.0;                    // share of the residual stream's channels kept
+  std::string hidden_by = "select";       // select: by criterion | rotate: the first principal ones of the rotated stream
+  bool untie = false;                     // rotate: a tied head gets a matrix of its own
 };
 
 struct VocabularyOptions {
@@ -37,10 +40,11 @@ struct PruneOptions {
   StructuredOptions structured;
   bool has_vocabulary = false;
   VocabularyOptions vocabulary;
-  std::string criterion = "taylor";   // row of the table of criteria
+  std::string criterion = "taylor";   // row of the table of criteria: of neurons, heads, selected channels
   std::int64_t samples = 768;         // training examples (or sequences) that the importance is measured on
   std::int64_t multiple_of = 32;      // widths are rounded to a multiple
-  std::string compensate = "none";    // none | ls: refit of down and output projections to their own outputs | stream: to the residual stream
+  // none | ls: refit to own outputs, of down and output projections, of a narrower stream's readers | stream: to the residual stream
+  std::string compensate = "none";
   bool has_schedule = false;          // sparsity grows during the recovery instead of before it
   GradualOptions schedule;
   bool has_recover = false;

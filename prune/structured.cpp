@@ -7,12 +7,15 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 #include <numeric>
 #include <stdexcept>
 
 #include "core/error.h"
 #include "core/log.h"
 #include "core/text.h"
+#include "model/families.h"
+#include "model/invariance.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -130,16 +133,16 @@ HeadPlan plan_heads(std::int64_t heads, std::int64_t kv_heads, double share) {
   throw Error(str("a share of ", shortest(share), " is no valid number of ", shape)).at("structured.heads").given(shortest(share)).allowed(str("nearest: ", join(nearest, " or ")));
 }
 
-std::int64_t plan_width(std::int64_t width, double share, std::int64_t multiple) {
+std::int64_t plan_width(std::int64_t width, double share, std::int64_t multiple, const WidthWords& words) {
   if (share >= 1) return width;
   const auto round_to = [&](double x) { return static_cast<std::int64_t>(std::llround(x / static_cast<double>(multiple))) * multiple; };
   const std::int64_t kept = round_to(share * static_cast<double>(width));
   if (kept >= 1 && kept < width) return kept;
   const std::int64_t largest = (width - 1) / multiple * multiple, nearest = kept < 1 ? std::min(multiple, largest) : largest;
-  const std::string what = kept < 1 ? "would leave no feed-forward neuron" : "would remove no feed-forward neuron";
+  const std::string what = str("would ", kept < 1 ? "leave" : "remove", " no ", words.unit);
   Error error(str("a share of ", shortest(share), " of ", width, " rounded to a multiple of ", multiple, " ", what));
-  error.at("structured.ffn").given(shortest(share));
-  if (nearest >= 1) error.allowed(str("nearest: ", fixed(static_cast<double>(nearest) / static_cast<double>(width), 4), " (", nearest, " neurons)"));
+  error.at(words.key).given(shortest(share));
+  if (nearest >= 1) error.allowed(str("nearest: ", fixed(static_cast<double>(nearest) / static_cast<double>(width), 4), " (", nearest, " ", words.plural, ")"));
   error.hint("or choose a smaller multiple_of");
   throw error;
 }
@@ -189,6 +192,36 @@ void cut_units(Transformer& model, const std::vector<KeptUnits>& kept) {
   config.ffn = static_cast<std::int64_t>(kept[0].ffn.size());
   config.heads = static_cast<std::int64_t>(kept[0].heads.size());
   config.kv_heads = static_cast<std::int64_t>(kept[0].kv_heads.size());
+}
+
+void cut_hidden(Transformer& model, const std::vector<std::int64_t>& kept) {
+  const at::NoGradGuard no_grad;
+  ModelConfig& config = model.config();
+  const std::int64_t width = config.hidden, count = static_cast<std::int64_t>(kept.size());
+  if (config.family->encoder || config.family->post_norm) throw std::logic_error("cut_hidden: a stream with norms behind the sums");
+  if (kept.empty() || kept.front() < 0 || kept.back() >= width || std::adjacent_find(kept.begin(), kept.end(), std::greater_equal<>()) != kept.end()) throw std::logic_error("cut_hidden: channels out of order or of range");
+  if (model.tokens.compacted() || model.tokens.transform) throw std::logic_error("cut_hidden: the embedding is compacted or transformed");
+  for (const Linear* linear : model.linears()) structured_check_plain(*linear);
+  if (count == width) return;
+  const at::Tensor index = structured_index(kept, model.tokens.weight);
+  const auto norm = [&](Norm& n) {
+    if (n.weight.defined()) n.weight = n.weight.detach().index_select(0, index);
+  };
+  model.tokens.weight = model.tokens.weight.detach().index_select(1, index).contiguous();
+  for (Block& block : model.blocks) {
+    for (Norm* n : {&block.attention_norm, &block.mlp_norm, &block.post_attention_norm, &block.post_mlp_norm}) norm(*n);
+    for (Linear* reader : {&block.attention.query, &block.attention.key, &block.attention.value, &block.mlp.gate, &block.mlp.up})
+      if (reader->weight.defined()) structured_keep_columns(*reader, kept);
+    for (Linear* writer : {&block.attention.output, &block.mlp.down}) structured_keep_rows(*writer, kept);
+  }
+  norm(model.final_norm);
+  if (model.lm_head.weight.defined()) structured_keep_columns(model.lm_head, kept);
+  config.hidden = count;
+  if (config.embedding_scale == 1) return;
+  const double ratio = std::sqrt(static_cast<double>(width) / static_cast<double>(count));
+  config.embedding_scale /= ratio;
+  model.tokens.weight = model.tokens.weight * ratio;
+  if (!model.lm_head.weight.defined()) set_norm_gain(model.final_norm, norm_gain(model.final_norm) / ratio);
 }
 
 Refit refit_linear(const Linear& linear, const std::vector<std::int64_t>& kept, const Tensor& second, const Tensor& mean, double ridge) {

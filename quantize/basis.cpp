@@ -14,7 +14,7 @@
 #include "model/families.h"
 #include "quantize/channel_scales.h"
 #include "quantize/hadamard.h"
-#include "quantize/invariance.h"
+#include "model/invariance.h"
 #include "quantize/stage.h"
 #include "train/calibration.h"
 

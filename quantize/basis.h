@@ -1,5 +1,5 @@
 // The basis in which a model is quantized: a change that leaves its function as it was, made before the first layer is
-// rounded. quantize/invariance.h has the changes themselves.
+// rounded. model/invariance.h has the changes themselves.
 #pragma once
 
 #include <memory>

@@ -14,7 +14,7 @@
 #include "evaluate/language.h"
 #include "model/depth.h"
 #include "quantize/basis.h"
-#include "quantize/invariance.h"
+#include "model/invariance.h"
 #include "quantize/methods.h"
 #include "quantize/stage.h"
 #include "quantize/tensors.h"

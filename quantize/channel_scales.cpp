@@ -10,7 +10,7 @@
 #include "core/system.h"
 #include "core/text.h"
 #include "model/families.h"
-#include "quantize/invariance.h"
+#include "model/invariance.h"
 
 namespace kompakt {
 namespace {

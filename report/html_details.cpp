@@ -156,13 +156,16 @@ std::string html_removed(const Json& report) {
     const Json nothing = Json::object();
     const Json* removed = found && found->is_object() ? found : find_json(stage, {"details", "sparsity", "layers"}) ? &nothing : nullptr;
     if (!removed) continue;
-    std::string rows, vocabulary;
+    std::string rows, whole;
     std::vector<std::string> layers;  // columns, in order of appearance
     std::vector<std::pair<std::string, std::vector<DetailsRemoved>>> kinds;
     for (const auto& [kind, list] : removed->items()) {
-      if (kind == "vocabulary" && list.is_array() && list.size() == 2 && list[0].is_number() && list[1].is_number()) {
+      // Of the whole model, not of a layer.
+      const bool channels = kind == "hidden";
+      if ((channels || kind == "vocabulary") && list.is_array() && list.size() == 2 && list[0].is_number() && list[1].is_number()) {
         const double before = list[0].get<double>(), after = list[1].get<double>();
-        vocabulary = str("<p>Vocabulary: <b>", fixed(before, 0), "</b> → <b>", fixed(after, 0), "</b> pieces", before > 0 ? str(" (", fixed(100 * (1 - after / before), 0), "% removed)") : std::string(), ".</p>");
+        const auto stays = channels ? number_at(stage.at("details").value("hidden", Json::object()), "share_kept") : std::nullopt;
+        whole += str("<p>", channels ? "Hidden size" : "Vocabulary", ": <b>", fixed(before, 0), "</b> → <b>", fixed(after, 0), "</b> ", channels ? "channels" : "pieces", stays ? str(", ", fixed(100 * *stays, 1), "% of their importance stays") : std::string(), before > 0 ? str(" (", fixed(100 * (1 - after / before), 0), "% removed)") : std::string(), ".</p>");
         continue;
       }
       kinds.emplace_back(kind, details_removed(list));
@@ -190,7 +193,7 @@ std::string html_removed(const Json& report) {
       rows = str("<div class=\"scroll\"><table class=\"heat\"><thead>", head, "</tr></thead><tbody>", rows, "</tbody></table></div>");
     }
     const std::string map = svg_removed(*find_json(stage, {"details"}));
-    if (!rows.empty() || !vocabulary.empty() || !map.empty()) body += str("<h3>", html_escape(stage.value("name", "")), "</h3>", map, rows, vocabulary, "\n");
+    if (!rows.empty() || !whole.empty() || !map.empty()) body += str("<h3>", html_escape(stage.value("name", "")), "</h3>", map, rows, whole, "\n");
   }
   return details_section("removed", "What was removed", "Share of each layer's units that is gone; the deeper the colour, the more.", body);
 }

@@ -4,6 +4,7 @@
 #include "report/rounding.h"
 #include "report/tuning.h"
 #include "report/gates.h"
+#include "report/masked_size.h"
 #include "report/metrics.h"
 #include "report/report.h"
 #include "report/table.h"
@@ -94,6 +95,7 @@ std::string report_markdown(const Json& report) {
     text += str("\n", markdown_row(view.header), markdown_rule(view.header.size()));
     for (const auto& row : view.rows) text += markdown_row(row);
   }
+  text += markdown_list("Masked weights", masked_size_lines(report));
   text += markdown_list("Not measured", not_measured(report));
   text += markdown_list("Warnings", markdown_texts(report.at("warnings")));
   std::vector<std::string> lineage;

@@ -115,7 +115,15 @@ TEST_CASE("pruned weights stay zero through every later stage of a run, and in o
       CHECK(read_text(out / stage / "masks.h5") == read_text(out / "02-prune" / "masks.h5"));
       CHECK(zeros_of(out / stage, masks) == 0);
     }
-    CHECK(read_json(out / "manifest.json").at("stages").at(1).at("details").at("sparsity").at("pattern") == "2:4");
+    const Json stages = read_json(out / "manifest.json").at("stages");
+    CHECK(stages.at(1).at("details").at("sparsity").at("pattern") == "2:4");
+    // Zeros are stored like any weight: what they save shows after zstd alone.
+    const Json proof = stages.at(4).at("details").at("reopened").begin().value();
+    CHECK(proof.at("masked").at("matrices") == 18);
+    CHECK(proof.at("masked").at("weights").get<std::int64_t>() == 2 * proof.at("masked").at("zeros").get<std::int64_t>());
+    CHECK(proof.at("zstd_bytes").get<std::int64_t>() > 0);
+    CHECK(proof.at("zstd_bytes").get<std::int64_t>() < proof.at("bytes").get<std::int64_t>());
+    for (const char* report : {"report.md", "report.html"}) CHECK(contains_all(read_text(out / report), {"Masked weights", "after zstd", "50.0%"}));
   }
   CHECK(read_json(tiny.out("b") / "manifest.json").at("stages").at(2).at("reused").get<bool>());
   CHECK(contains_all(error_text([&] {

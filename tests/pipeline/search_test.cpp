@@ -139,6 +139,19 @@ TEST_CASE("measurements are kept, and a second search gives the same choice from
     predicted.push_back(search.solve(nullptr).front().predicted());
   }
   CHECK(predicted[0] == predicted[1]);
+  // A file that is damaged in any way is measured anew, to the same choice and the same bytes.
+  const std::string whole = read_text(file);
+  Json narrow = parse_json(whole, "kept"), foreign = narrow, untyped = narrow, empty = narrow;
+  narrow["scores_ffn"][0].erase(0), foreign["ffn"] = Json::array(), untyped["order"] = "all", empty.erase("sensitivities");
+  for (const std::string& damaged : {whole.substr(0, whole.size() / 2), std::string(), std::string("[]"), dump_json(narrow), dump_json(foreign), dump_json(untyped), dump_json(empty)}) {
+    CAPTURE(damaged.substr(0, 200));
+    write_text(file, damaged);
+    const SearchOptions options = search_test_options(7500);
+    BudgetSearch search(*r.model, options, {}, [](const Transformer& shapes, bool) { return search_test_target(shapes); }, r.context);
+    search.measure(file);
+    CHECK(read_text(file) == whole);
+    CHECK(search.solve(nullptr).front().predicted() == predicted[0]);
+  }
 }
 
 TEST_CASE("a cut vocabulary costs what the removed pieces had, and nothing more", "[search]") {

@@ -13,7 +13,7 @@
 #include "core/text.h"
 #include "model/families.h"
 #include "quantize/hadamard.h"
-#include "quantize/invariance.h"
+#include "model/invariance.h"
 #include "quantize/stage.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"

@@ -8,7 +8,7 @@
 
 #include "core/text.h"
 #include "model/families.h"
-#include "quantize/invariance.h"
+#include "model/invariance.h"
 #include "quantize/stage.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"

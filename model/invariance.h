@@ -1,5 +1,5 @@
-// Changes of a model that leave its function as it was and make its weights easier to round: norm weights folded into the
-// linears behind them, the residual stream and the values of each head rotated, channels scaled. Everything is merged into
+// Changes of a model that leave its function as it was and make its weights easier to round or to cut: norm weights folded into
+// the linears behind them, the residual stream and the values of each head rotated, channels scaled. Everything is merged into
 // the weights, so the result is a plain model of the same family. Computed in double, stored in the parameter's type.
 //
 // What is legal follows from the shape of the family. Each change has a function `..._obstacle` that says why it is not legal

@@ -6,7 +6,7 @@
 
 #include "core/text.h"
 #include "model/families.h"
-#include "quantize/invariance.h"
+#include "model/invariance.h"
 
 namespace kompakt {
 namespace {

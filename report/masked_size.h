@@ -1,0 +1,14 @@
+// What masked weights take in an artifact: every format stores zeros like any weight, a compressed download does not.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/json.h"
+
+namespace kompakt {
+
+// One sentence for every format that a run with masks has written; empty without masks.
+std::vector<std::string> masked_size_lines(const Json& report);
+
+}  // namespace kompakt
