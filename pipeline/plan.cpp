@@ -108,6 +108,7 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
   // The teacher in float stays in memory beside the model of every stage after the one that made it; one that is no classifier
   // yet is not loaded for classification.
   std::int64_t teacher_bytes = recipe.is_classification() && !input.teacher.is_classifier() ? 0 : count_parameters(input.teacher).total * 4;
+  input.labels = &tokenized->task.labels;
   PlannedModel model;
   model.config = input.teacher;
   if (recipe.is_classification() && !model.config.is_classifier()) model.config.labels = tokenized->task.labels;

@@ -53,6 +53,7 @@ RunOutcome RunSession::work() {
   data_ = load_data(recipe_);
   data_hash_ = data_.hash();
   if (ranks_) ranks_->check_equal(str(stage_key(recipe_.stages.front(), 0), manifest_.at("recipe_sha256").get<std::string>(), data_hash_, options_.resume ? "\nresume\n" : "\n", options_.device, "\n", options_.until), "recipe, teacher, data, --resume, --device, --until or version of kompakt", "give all ranks the same files and options");
+  if (leader()) measure_start();
   if (leader())
     for (StagePrediction& prediction : predict_stages(recipe_, data_)) predictions_[prediction.title] = prediction;
 
@@ -67,6 +68,7 @@ RunOutcome RunSession::work() {
   outcome.folder = folder_;
   if (!leader()) return outcome;
   if (manifest_["teacher"].is_null() && !stopped) manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
+  if (!start_key_.empty() && teacher_position_.key == start_key_) manifest_["start"]["path"] = "teacher";  // one row in tables
 
   Json gates = Json::array();
   for (const std::string& gate : recipe_.gates) gates.push_back(gate);

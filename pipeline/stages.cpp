@@ -116,7 +116,7 @@ std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, Stage
 void plan_finetune(const Node& node, const PlanInput& input, PlannedModel& model) {
   set_rounding(model.config, RuntimeRounding());  // weights change, and with them what is rounded how
   const auto options = read_stage<FinetuneOptions>(node);
-  if (!model.config.is_classifier() && input.recipe.is_classification()) model.config.labels.assign(1, "label");
+  if (input.recipe.is_classification() && input.labels && !input.labels->empty()) model.config.labels = *input.labels;
   add_training(input, options.train, nullptr, model);
   model.layer_map.clear();
   model.bytes = float_bytes(model.config);
@@ -183,7 +183,7 @@ void run_distill(const Node& node, StageRun& run) {
   std::unique_ptr<TokenizedData> own;  // the data in the tokens of a student that is another model
   if (!options.student.model.empty()) {
     const std::filesystem::path path = run.recipe.path_of(options.student.model);
-    run.current = {load_model(path), load_tokenizer(path), {}, {}};
+    run.current = {open_any_model(path), load_tokenizer(path), {}, {}};
     check_tokenizer_fits(*run.current.tokenizer, run.current.model->config(), path.string());
     run.current.model->to(run.context.device);
     own = tokenize_data(run.recipe, load_data(run.recipe), *run.current.tokenizer, run.current.model->config());

@@ -64,6 +64,7 @@ struct PlanInput {
   std::int64_t evaluation_examples = 0;
   double gigaflops = 0;                 // measured in a moment's matrix product
   ModelConfig teacher;
+  const std::vector<std::string>* labels = nullptr;  // of the data
   const Tokenizer* tokenizer = nullptr;  // of the teacher
 };
 
