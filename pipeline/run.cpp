@@ -53,9 +53,9 @@ RunOutcome RunSession::work() {
   data_ = load_data(recipe_);
   data_hash_ = data_.hash();
   if (ranks_) ranks_->check_equal(str(stage_key(recipe_.stages.front(), 0), manifest_.at("recipe_sha256").get<std::string>(), data_hash_, options_.resume ? "\nresume\n" : "\n", options_.device, "\n", options_.until), "recipe, teacher, data, --resume, --device, --until or version of kompakt", "give all ranks the same files and options");
-  if (leader()) measure_start();
   if (leader())
     for (StagePrediction& prediction : predict_stages(recipe_, data_)) predictions_[prediction.title] = prediction;
+  if (leader()) measure_start();
 
   bool stopped = false;
   for (std::size_t index = 0; index < recipe_.stages.size() && !stopped; ++index) {

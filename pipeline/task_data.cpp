@@ -151,6 +151,9 @@ std::unique_ptr<TokenizedData> tokenize_data(const Recipe& recipe, const LoadedD
     if (const DataSource* source = recipe.find_data("heldout")) heldout = task_windows(data.heldout, *source, "heldout", tokenizer, limit);
     if (const DataSource* source = recipe.find_data("test")) test = task_windows(data.test_text, *source, "test", tokenizer, limit);
   }
+  const auto& documents = out->task.train_documents;
+  if (!documents.empty() && std::all_of(documents.begin(), documents.end(), [](const auto& ids) { return ids.size() < 2; }))
+    throw Error("the training text has nothing to predict: no document has two tokens").at("data set \"train\"").given(str(documents.size(), " documents")).hint("check the data and where documents end (split)");
   if (const DataSource* source = recipe.find_data("calibration")) calibration = task_windows(data.calibration, *source, "calibration", tokenizer, limit);
   // Figures measured on text that a stage has looked at are no evidence.
   if (!test.windows.empty() && !calibration.windows.empty()) check_no_overlap(calibration, test, "data set \"calibration\"", "data set \"test\"");
