@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <mutex>
 
+#include "core/activity.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "core/text.h"
@@ -96,6 +97,7 @@ Progress::~Progress() {
 }
 
 void Progress::update(std::int64_t done, const std::string& note) {
+  mark_activity();
   if (first_ < 0) {
     first_ = done > 0 ? done - 1 : 0;  // a resumed run starts in the middle: the rate counts only what was done now
   }

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <string>
 
+#include "core/activity.h"
 #include "core/error.h"
 #include "core/text.h"
 
@@ -94,6 +95,7 @@ bool interrupted() { return pending_signal != 0; }
 void request_interrupt(int signal) { pending_signal = signal; }
 
 void check_interrupted() {
+  mark_activity();
   if (pending_signal == 0) return;
   const bool terminated = pending_signal == SIGTERM;
   throw Error(terminated ? "stopped by SIGTERM" : "interrupted", terminated ? ExitCode::terminated : ExitCode::interrupted)

@@ -64,6 +64,9 @@ void check_distill(const DistillOptions& options, bool classification, const Pla
   if (options.has_teacher_text) check_completions(options.teacher_text, "teacher_text", place, problems);
   if (options.has_on_policy && options.on_policy.prompt_tokens == 0 && options.on_policy.lambda < 1)
     problems.add(Error("whole documents as prompts leave the data no completions for the other steps").at(place.text()).given(str("lambda: ", shortest(options.on_policy.lambda))).allowed("1").hint("set lambda: 1, or take beginnings with prompt_tokens"));
+  if (distill_samples(options) && distill_has(options.objective, "policy") && (options.on_policy.temperature != 1 || options.on_policy.top_p != 1))
+    problems.add(Error("{policy: minillm} is a gradient over texts that the student itself draws, and these would be drawn from another distribution").at(place.text()).given(str("on_policy: {temperature: ", shortest(options.on_policy.temperature), ", top_p: ", shortest(options.on_policy.top_p), "}"))
+                     .allowed("temperature: 1, top_p: 1").hint("write on_policy: {temperature: 1}"));
   if (distill_samples(options) && distill_has(options.objective, "labels")) refuse("labels would teach the student what it wrote itself", "remove labels from the objective, or on_policy");
   ObjectiveShapes shapes;
   shapes.cached = options.has_cache;

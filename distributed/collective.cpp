@@ -29,7 +29,7 @@ void Collective::check_equal(const std::string& text, const std::string& what, c
 #ifdef KOMPAKT_GLOO
 namespace {
 
-// Liveness is watched beside the transport, so its own limit is out of the way: rank 0 may measure for hours.
+// Liveness and progress are watched beside the transport, so its own limit is out of the way: rank 0 may measure for hours.
 constexpr std::chrono::hours transport_timeout{24 * 7};
 constexpr std::chrono::milliseconds watch_pause{1000};
 
@@ -70,6 +70,7 @@ class GlooCollective final : public Collective {
   }
 
   std::unique_ptr<Pending> all_reduce(const at::Tensor& tensor) override {
+    rendezvous_->enter();
     std::vector<at::Tensor> list{tensor};
     return std::make_unique<Operation>(*this, group(tensor).allreduce(list), tensor);
   }
@@ -77,6 +78,7 @@ class GlooCollective final : public Collective {
   void broadcast(const at::Tensor& tensor, int root) override {
     if (!tensor.is_contiguous()) throw std::logic_error("broadcast: the tensor is not contiguous");
     if (tensor.numel() == 0) return;
+    rendezvous_->enter();
     std::vector<at::Tensor> list{tensor};
     c10d::BroadcastOptions options;
     options.rootRank = root;
@@ -130,6 +132,7 @@ class GlooCollective final : public Collective {
     std::vector<std::vector<at::Tensor>> outputs(1);
     for (int rank = 0; rank < world(); ++rank) outputs[0].push_back(at::empty_like(tensor));
     std::vector<at::Tensor> inputs{tensor};
+    rendezvous_->enter();
     finish(host_->allgather(outputs, inputs), tensor);
     return outputs[0];
   }

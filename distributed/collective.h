@@ -17,8 +17,9 @@ namespace kompakt {
 bool collectives_available();
 
 // Every rank calls the same functions in the same order; a call returns when this rank's part is done. While it waits it watches the
-// others: a rank that was killed, that ended with an error or whose machine is gone ends the wait with an Error that names it (exit
-// code 4). A rank that lives is waited for without limit: it may be measuring, or computing what the others need.
+// others: a rank that was killed, that ended with an error, whose machine is gone, or that lives but hangs ends the wait with an Error that
+// names it (exit code 4). A rank that gets on is waited for without limit: it may be measuring, or computing what the others need. It hangs
+// when it is behind and no mark of activity (core/activity.h) has come from it for KOMPAKT_HANG_SECONDS (1800; 0 = never).
 class Collective {
  public:
   // Meets the other ranks at launch.address:launch.port. `device` decides what carries tensors on it: Gloo or NCCL.

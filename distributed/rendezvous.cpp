@@ -5,8 +5,10 @@
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <algorithm>
 #include <cstdlib>
 
+#include "core/activity.h"
 #include "core/error.h"
 #include "core/system.h"
 #include "core/text.h"
@@ -25,13 +27,18 @@ constexpr const char *running = "running", *done = "done", *failed = "failed: ",
 
 const char* resume_hint() { return "the same command with --resume goes on from the last saved state, on any number of ranks"; }
 
-seconds rendezvous_patience() {
-  const char* text = std::getenv("KOMPAKT_RENDEZVOUS_SECONDS");
-  if (!text) return seconds(300);
+// Of an environment variable.
+seconds rendezvous_seconds(const char* name, std::int64_t otherwise, std::int64_t least) {
+  const char* text = std::getenv(name);
+  if (!text) return seconds(otherwise);
   const auto value = parse_int(text);
-  if (!value || *value < 1 || *value > 86400) throw Error("KOMPAKT_RENDEZVOUS_SECONDS is no number that fits").given(text).allowed("1 to 86400");
+  if (!value || *value < least || *value > 86400) throw Error(str(name, " is no number that fits")).given(text).allowed(str(least, " to 86400"));
   return seconds(*value);
 }
+
+seconds rendezvous_patience() { return rendezvous_seconds("KOMPAKT_RENDEZVOUS_SECONDS", 300, 1); }
+// Longer than any work between two marks of activity: a training step, a block's rounding.
+seconds hang_patience() { return rendezvous_seconds("KOMPAKT_HANG_SECONDS", 1800, 0); }
 
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
@@ -45,7 +52,7 @@ std::string store_text(const std::vector<std::uint8_t>& bytes) { return {bytes.b
 
 }  // namespace
 
-Rendezvous::Rendezvous(const Launch& launch) : launch_(launch), prefix_("kompakt/" + launch.attempt), sights_(static_cast<std::size_t>(launch.world)) {
+Rendezvous::Rendezvous(const Launch& launch) : launch_(launch), prefix_("kompakt/" + launch.attempt), sights_(static_cast<std::size_t>(launch.world)), hang_patience_(hang_patience()) {
   // Torch prints a stack trace on stderr for every try that fails; what is wrong stands in our own errors.
   if (!std::getenv("TORCH_CPP_LOG_LEVEL")) FLAGS_caffe2_log_level = 3;
   store_ = connect(launch_.rank == 0 && !launch_.hosted);
@@ -93,6 +100,7 @@ void Rendezvous::meet() {
       throw Error(str("two processes say that they are rank ", launch_.rank)).at("RANK").given(str(launch_.rank)).hint("each process needs a rank of its own, from 0 to WORLD_SIZE - 1; a job that still runs on this port is the other usual reason");
     set(key("world", launch_.rank), str(launch_.world));
     set(key("state", launch_.rank), running);
+    set(key("work", launch_.rank), "0 0");
     store_->add(key("beats", launch_.rank), 1);
     const auto deadline = Clock::now() + patience;
     for (;;) {
@@ -114,23 +122,25 @@ void Rendezvous::meet() {
     throw Error(str("the ranks could not meet: ", torch_words(error))).at("MASTER_ADDR, MASTER_PORT").given(str(launch_.address, ":", launch_.port)).hint("what rank 0 printed tells why");
   }
   const auto now = Clock::now();
-  for (Sight& sight : sights_) sight.changed = now, sight.state = running;
+  for (Sight& sight : sights_) sight.changed = sight.worked = now, sight.state = running;
 }
 
 void Rendezvous::set(const std::string& name, const std::string& value) { store_->set(name, store_bytes(value)); }
 
 void Rendezvous::beat() {
   std::vector<std::string> keys;
-  for (int rank = 0; rank < launch_.world; ++rank) keys.insert(keys.end(), {key("beats", rank), key("state", rank)});
+  for (int rank = 0; rank < launch_.world; ++rank) keys.insert(keys.end(), {key("beats", rank), key("state", rank), key("work", rank)});
   try {
     for (;;) {
       beat_store_->add(key("beats", launch_.rank), 1);
+      beat_store_->set(key("work", launch_.rank), store_bytes(str(entered_.load(std::memory_order_relaxed), " ", activity_count())));
       const auto values = beat_store_->multiGet(keys);
       std::unique_lock lock(mutex_);
       for (std::size_t rank = 0; rank < sights_.size(); ++rank) {
         Sight& sight = sights_[rank];
-        const std::string beats = store_text(values[2 * rank]);
-        sight.state = store_text(values[2 * rank + 1]);
+        const std::string beats = store_text(values[3 * rank]), work = store_text(values[3 * rank + 2]);
+        sight.state = store_text(values[3 * rank + 1]);
+        if (work != sight.work) sight.work = work, sight.worked = Clock::now();
         if (beats != sight.beats) sight.beats = beats, sight.changed = Clock::now();
       }
       wake_.notify_all();
@@ -165,11 +175,31 @@ void Rendezvous::blame_silent(seconds silence, const char* sign) {
   if (!silent.empty()) throw Error(str(silent.size() == 1 ? "rank " : "ranks ", join(silent, ", "), silent.size() == 1 ? " is gone: " : " are gone: ", sign), ExitCode::resource).hint(resume_hint());
 }
 
+// Of the ranks that are furthest behind this one, who waits: those whose work has stood still. Called with the lock held.
+void Rendezvous::blame_hanging() {
+  if (hang_patience_.count() == 0) return;
+  const auto entered = [](const Sight& sight) { return parse_int(sight.work.substr(0, sight.work.find(' '))).value_or(0); };
+  std::int64_t least = entered_.load(std::memory_order_relaxed);
+  for (std::size_t rank = 0; rank < sights_.size(); ++rank)
+    if (static_cast<int>(rank) != launch_.rank && !sights_[rank].work.empty()) least = std::min(least, entered(sights_[rank]));
+  if (least == entered_.load(std::memory_order_relaxed)) return;
+  std::vector<std::string> hanging;
+  for (std::size_t rank = 0; rank < sights_.size(); ++rank) {
+    const Sight& sight = sights_[rank];
+    if (static_cast<int>(rank) == launch_.rank || sight.work.empty() || entered(sight) != least || starts_with(sight.state, victim)) continue;
+    if (Clock::now() - sight.worked > hang_patience_) hanging.push_back(str(rank));
+  }
+  if (!hanging.empty())
+    throw Error(str(hanging.size() == 1 ? "rank " : "ranks ", join(hanging, ", "), hanging.size() == 1 ? " hangs: it lives, but its work has" : " hang: they live, but their work has", " stood still for ", hang_patience_.count(), " s while others wait"), ExitCode::resource)
+        .at("KOMPAKT_HANG_SECONDS").given(str(hang_patience_.count())).hint(str("end its process, whose stack tells why (gdb -p); more seconds where a step takes that long, 0 = never; ", resume_hint()));
+}
+
 void Rendezvous::check() {
   const std::lock_guard lock(mutex_);
   try {
     blame_ended(true);
     blame_silent(silence_dead, "no sign of life for a minute");
+    blame_hanging();
   } catch (...) {
     victim_ = true;
     throw;

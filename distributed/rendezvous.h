@@ -1,9 +1,10 @@
 // Where the ranks of a job meet, and how each knows whether the others live: a key-value store that rank 0 (or torchrun) holds,
-// with a counter per rank that grows every second. Moves no tensors.
+// with a counter per rank that grows every second, and one that grows with its work. Moves no tensors.
 #pragma once
 
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -24,7 +25,10 @@ class Rendezvous {
 
   // For a transport that brings its own keys.
   c10::intrusive_ptr<c10d::Store> store(const std::string& name) const;
-  // Throws an Error with the name of a rank that has ended or that has been silent for a minute.
+  // This rank enters one more of the operations that all ranks run in the same order.
+  void enter() { entered_.fetch_add(1, std::memory_order_relaxed); }
+  // Throws an Error with the name of a rank that has ended, that has been silent for a minute, or that is behind and has neither entered an
+  // operation nor passed a point of its work (core/activity.h) for KOMPAKT_HANG_SECONDS.
   void check();
   // The transport lost a connection: finds out whose, which takes a few seconds, and throws.
   [[noreturn]] void lost(const std::string& transport_message);
@@ -34,8 +38,8 @@ class Rendezvous {
  private:
   using Clock = std::chrono::steady_clock;
   struct Sight {  // of another rank
-    std::string beats, state;
-    Clock::time_point changed;
+    std::string beats, state, work;    // work: "<operations entered> <marks of activity>"
+    Clock::time_point changed, worked;
   };
   c10::intrusive_ptr<c10d::Store> connect(bool server) const;
   void meet();
@@ -44,6 +48,7 @@ class Rendezvous {
   std::string key(const char* kind, int rank) const;
   void blame_ended(bool with_victims);                       // ranks that said why they end
   void blame_silent(std::chrono::seconds silence, const char* sign);  // ranks without a sign of life
+  void blame_hanging();
   bool others_ended();
 
   const Launch launch_;
@@ -54,6 +59,8 @@ class Rendezvous {
   std::vector<Sight> sights_;
   std::string store_error_;  // the thread's last words
   bool stop_ = false, victim_ = false, leaving_ = false;
+  std::chrono::seconds hang_patience_{0};  // 0 = a rank that lives is waited for without limit
+  std::atomic<std::int64_t> entered_{0};
   std::thread thread_;
 };
 

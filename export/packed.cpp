@@ -185,7 +185,11 @@ std::map<std::string, GridSpec> packed_grids(const fs::path& folder) {
 
 std::unique_ptr<Transformer> reopen_packed(const fs::path& folder) {
   Json json = read_json(folder / "config.json");
-  const ModelConfig config = config_from_json(json, (folder / "config.json").string());
+  ModelConfig config = config_from_json(json, (folder / "config.json").string());
+  if (config.source.is_object() && config.source.contains("kompakt")) {  // decoded: not what a model saved from here would be
+    config.source["kompakt"].erase("packed");
+    if (config.source["kompakt"].empty()) config.source.erase("kompakt");
+  }
   const std::map<std::string, PackedEntry> entries = packed_entries(folder);
   const SafetensorsFile file = SafetensorsFile::open(folder / "model.safetensors");
   auto model = std::make_unique<Transformer>(config);

@@ -31,7 +31,17 @@ std::vector<double> confidences(const Predictions& predictions) {
   return out;
 }
 
-Json measure_task(const Predictions& predictions, const std::vector<std::int64_t>& truth, const std::vector<std::string>& labels, const Predictions* teacher) {
+Json measure_pairs(const Predictions& predictions, const Predictions& other, const std::vector<std::int64_t>& truth, std::int64_t classes) {
+  const auto& predicted = predictions.labels;
+  const Discordant pairs = discordant(predicted, other.labels, truth);
+  return Json{{"accuracy_difference", interval_json(accuracy_difference(predicted, other.labels, truth))},
+              {"macro_f1_difference", interval_json(macro_f1_difference(predicted, other.labels, truth, classes))},
+              {"mcnemar_p", mcnemar_exact(pairs.first_only, pairs.second_only)},
+              {"agreement", static_cast<double>(pairs.agree) / static_cast<double>(truth.size())}};
+}
+
+// `teacher` and `start` may be null.
+Json measure_task(const Predictions& predictions, const std::vector<std::int64_t>& truth, const std::vector<std::string>& labels, const Predictions* teacher, const Predictions* start) {
   const auto classes = static_cast<std::int64_t>(labels.size());
   const auto& predicted = predictions.labels;
   std::vector<std::int64_t> right(truth.size());
@@ -39,28 +49,29 @@ Json measure_task(const Predictions& predictions, const std::vector<std::int64_t
   Json task{{"n", truth.size()}, {"accuracy", interval_json(accuracy(predicted, truth))}, {"macro_f1", interval_json(macro_f1_interval(predicted, truth, classes))},
             {"ece", expected_calibration_error(confidences(predictions), right)}};
   const auto scores = class_scores(predicted, truth, classes);
-  std::vector<ClassScore> teacher_scores;
-  if (teacher) {
-    teacher_scores = class_scores(teacher->labels, truth, classes);
-    const Discordant pairs = discordant(predicted, teacher->labels, truth);
-    task["versus_teacher"] = Json{{"accuracy_difference", interval_json(accuracy_difference(predicted, teacher->labels, truth))},
-                                  {"macro_f1_difference", interval_json(macro_f1_difference(predicted, teacher->labels, truth, classes))},
-                                  {"mcnemar_p", mcnemar_exact(pairs.first_only, pairs.second_only)},
-                                  {"agreement", static_cast<double>(pairs.agree) / static_cast<double>(truth.size())}};
-  }
-  // The classes that lost most against the teacher come first; without one, the weakest.
+  if (teacher) task["versus_teacher"] = measure_pairs(predictions, *teacher, truth, classes);
+  if (start) task["versus_start"] = measure_pairs(predictions, *start, truth, classes);
+  const Predictions* other = teacher ? teacher : start;
+  const auto other_scores = other ? class_scores(other->labels, truth, classes) : std::vector<ClassScore>();
+  // The classes that lost most against the other model come first; without one, the weakest.
   std::vector<std::size_t> order(scores.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
-  const auto badness = [&](std::size_t c) { return teacher ? scores[c].f1 - teacher_scores[c].f1 : scores[c].f1; };
+  if (!teacher && start) std::erase_if(order, [&](std::size_t c) { return scores[c].n == 0; });  // labels that the task before does not have
+  const auto badness = [&](std::size_t c) { return other ? scores[c].f1 - other_scores[c].f1 : scores[c].f1; };
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return badness(a) < badness(b); });
   Json worst = Json::array();
   for (std::size_t i = 0; i < std::min<std::size_t>(order.size(), 8); ++i) {
     Json row{{"label", labels[order[i]]}, {"f1", scores[order[i]].f1}, {"n", scores[order[i]].n}};
-    if (teacher) row["f1_teacher"] = teacher_scores[order[i]].f1;
+    if (other) row[teacher ? "f1_teacher" : "f1_start"] = other_scores[order[i]].f1;
     worst.push_back(std::move(row));
   }
   task["worst_classes"] = std::move(worst);
   return task;
+}
+
+// exp of the mean difference of log-likelihoods over the same windows.
+Json measure_ratio(const std::vector<double>& mine, const std::vector<double>& start, std::int64_t tokens) {
+  return Json{{"perplexity_ratio", interval_json(perplexity_ratio(mine, start, std::vector<std::int64_t>(mine.size(), tokens)))}};
 }
 
 Json measure_language(const LanguageScores& scores, bool has_teacher) {
@@ -99,9 +110,40 @@ Json describe_size(const Transformer& model, const std::filesystem::path& files,
   return out;
 }
 
-TeacherScores measure(const Transformer& model, const TokenizedData& data, const MeasureOptions& options, const TeacherScores* teacher, const Transformer* teacher_model,
-                      const std::string& title, Json& out) {
+Json scores_to_json(const TeacherScores& scores) {
+  Json out{{"labels", scores.test.labels}, {"classes", scores.test.classes}};
+  if (!scores.previous.labels.empty()) out["previous"] = Json{{"labels", scores.previous.labels}, {"classes", scores.previous.classes}};
+  if (!scores.previous_nll.empty()) {
+    out["tokenizer"] = scores.tokenizer;
+    out["windows"] = Json{{"nll", scores.window_nll}, {"tokens", scores.window_tokens}};
+    out["previous_windows"] = Json{{"nll", scores.previous_nll}, {"tokens", scores.previous_tokens}};
+  }
+  return out;
+}
+
+TeacherScores scores_from_json(const Json& json) {
+  TeacherScores out;
+  const auto predictions = [](const Json& from, Predictions& into) {
+    into.labels = from.at("labels").get<std::vector<std::int64_t>>();
+    into.classes = from.at("classes").get<std::int64_t>();
+  };
+  predictions(json, out.test);
+  if (json.contains("previous")) predictions(json.at("previous"), out.previous);
+  if (json.contains("previous_windows")) {
+    out.tokenizer = json.at("tokenizer").get<std::string>();
+    out.window_nll = json.at("windows").at("nll").get<std::vector<double>>();
+    out.window_tokens = json.at("windows").at("tokens").get<std::int64_t>();
+    out.previous_nll = json.at("previous_windows").at("nll").get<std::vector<double>>();
+    out.previous_tokens = json.at("previous_windows").at("tokens").get<std::int64_t>();
+  }
+  return out;
+}
+
+TeacherScores measure(const Transformer& model, const TokenizedData& data, const MeasureOptions& options, const Baselines& baselines, const std::string& title, Json& out) {
+  const auto& [teacher, teacher_model, start] = baselines;
   TeacherScores scores;
+  scores.tokenizer = data.task.tokenizer->fingerprint();
+  const bool same_tokens = start && start->tokenizer == scores.tokenizer;
   Json nulls = Json::object();
   nulls["joules_per_token"] = "no energy counter was read on this machine";
   const std::int64_t pad = std::max<std::int64_t>(data.task.tokenizer->special().pad, 0);
@@ -109,16 +151,32 @@ TeacherScores measure(const Transformer& model, const TokenizedData& data, const
     Progress progress(str(title, ": test"), static_cast<std::int64_t>(data.test.ids.size()), "text");
     scores.test = predict(model, data.test, pad, options.batch_size, [&](std::int64_t done) { progress.update(done); });
     progress.finish();
-    out["tasks"]["test"] = measure_task(scores.test, data.test.labels, data.task.labels, teacher ? &teacher->test : nullptr);
-    if (!data.task.dev.ids.empty()) out["tasks"]["dev"] = measure_task(predict(model, data.task.dev, pad, options.batch_size), data.task.dev.labels, data.task.labels, nullptr);
+    out["tasks"]["test"] = measure_task(scores.test, data.test.labels, data.task.labels, teacher ? &teacher->test : nullptr, start ? &start->test : nullptr);
+    if (!data.task.dev.ids.empty()) out["tasks"]["dev"] = measure_task(predict(model, data.task.dev, pad, options.batch_size), data.task.dev.labels, data.task.labels, nullptr, nullptr);
   } else if (data.task.kind == TaskData::Kind::text && !data.test_windows.empty()) {
     Progress progress(str(title, ": test"), static_cast<std::int64_t>(data.test_windows.size()), "window");
     const LanguageScores language = score_language(model, teacher_model, data.test_windows, 128, [&](std::int64_t done) { progress.update(done); });
     progress.finish();
     scores.window_nll = language.window_nll;
+    scores.window_tokens = language.scored_per_window;
     out["language"]["test"] = measure_language(language, teacher_model != nullptr);
+    if (same_tokens) out["language"]["test"]["versus_start"] = measure_ratio(scores.window_nll, start->window_nll, scores.window_tokens);
   } else {
     nulls["accuracy"] = model.config().is_classifier() ? "the recipe has no test data" : "the model has no classifier yet";
+  }
+  if (data.task.kind == TaskData::Kind::classification && !data.previous.ids.empty() && model.config().is_classifier()) {
+    Progress progress(str(title, ": task before"), static_cast<std::int64_t>(data.previous.ids.size()), "text");
+    scores.previous = predict(model, data.previous, pad, options.batch_size, [&](std::int64_t done) { progress.update(done); });
+    progress.finish();
+    out["tasks"]["previous"] = measure_task(scores.previous, data.previous.labels, data.task.labels, nullptr, start ? &start->previous : nullptr);
+  } else if (data.task.kind == TaskData::Kind::text && !data.previous_windows.empty()) {
+    Progress progress(str(title, ": text before"), static_cast<std::int64_t>(data.previous_windows.size()), "window");
+    const LanguageScores language = score_language(model, nullptr, data.previous_windows, 128, [&](std::int64_t done) { progress.update(done); });
+    progress.finish();
+    scores.previous_nll = language.window_nll, scores.previous_tokens = language.scored_per_window;
+    out["language"]["previous"] = measure_language(language, false);
+    if (same_tokens) out["language"]["previous"]["versus_start"] = measure_ratio(scores.previous_nll, start->previous_nll, scores.previous_tokens);
+    else if (start) nulls["previous_perplexity"] = "the tokens are others than those of the model that the run begins with";
   }
   if (options.latency) {
     const std::int64_t tokens = std::min(options.latency_tokens, model.config().max_positions > 0 ? model.config().max_positions : options.latency_tokens);

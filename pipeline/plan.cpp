@@ -12,6 +12,7 @@
 #include "core/text.h"
 #include "export/exporters.h"
 #include "model/checkpoint.h"
+#include "pipeline/budget_target.h"
 #include "pipeline/describe.h"
 #include "pipeline/stages.h"
 #include "prune/shape_planner.h"
@@ -73,6 +74,21 @@ std::int64_t predict_packed_bytes(const ModelConfig& config, const std::map<std:
   return bytes + tensors * header_bytes_per_tensor + config_bytes + tokenizer_bytes;
 }
 
+namespace {
+
+// Of the first format that the artifact can be measured in before it is there: header, metadata and tokenizer counted as the writer does.
+std::int64_t plan_artifact_bytes(const Recipe& recipe, const RecipeStage& stage, const PlannedModel& model, const Tokenizer& tokenizer, const Tokenizer* pruned) {
+  const Node* formats = stage.options.find("formats");
+  const bool exact = formats && std::any_of(formats->items.begin(), formats->items.end(), [](const Node& format) { return find_exporter(format.scalar) && find_exporter(format.scalar)->file_bytes; });
+  if (!exact) return predict_packed_bytes(model.config, model.quantized);
+  const Transformer shapes(model.config, 0, c10::Device(c10::kMeta));
+  BudgetTarget files = budget_target(recipe, shapes, pruned && pruned->vocab_size() == model.config.vocab ? *pruned : tokenizer, model.halves);
+  if (model.trained && !model.halves) keep_whole_floats(files, shapes, [](const std::string&) { return true; });
+  return files.file_bytes(model.quantized);
+}
+
+}  // namespace
+
 std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedData& data) {
   const std::unique_ptr<Tokenizer> tokenizer = plan_tokenizer(recipe);
   PlanInput input{recipe};
@@ -108,6 +124,7 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
   // The teacher in float stays in memory beside the model of every stage after the one that made it; one that is no classifier
   // yet is not loaded for classification.
   std::int64_t teacher_bytes = recipe.is_classification() && !input.teacher.is_classifier() ? 0 : count_parameters(input.teacher).total * 4;
+  input.labels = &tokenized->task.labels;
   PlannedModel model;
   model.config = input.teacher;
   if (recipe.is_classification() && !model.config.is_classifier()) model.config.labels = tokenized->task.labels;
@@ -128,7 +145,7 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     prediction.memory_bytes = std::max(model.memory_bytes, base_memory_bytes + 2 * weights) + teacher_bytes + model.cache_bytes;
     if (stage.row->name == "finetune") teacher_bytes = weights;
     prediction.seconds = model.seconds;
-    if (stage.row->name == "export") prediction.bytes = model.budget_bytes > 0 ? model.budget_bytes : predict_packed_bytes(model.config, model.quantized);
+    if (stage.row->name == "export") prediction.bytes = model.budget_bytes > 0 ? model.budget_bytes : plan_artifact_bytes(recipe, stage, model, *tokenizer, pruned_tokenizer.get());
     else prediction.bytes = stage.row->changes_weights ? model.bytes : 0;
     for (const auto& [name, spec] : model.quantized)
       if (stage.row->name == "quantize") prediction.formats[name] = model.budget_bytes > 0 ? "decided in the run" : str(spec.grid->name, spec.group > 0 ? str(" g", spec.group) : std::string());

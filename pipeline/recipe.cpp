@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "core/text.h"
+#include "pipeline/earlier_task.h"
 #include "pipeline/stages.h"
 #include "report/gates.h"
 
@@ -23,6 +24,8 @@ constexpr DataRole data_roles[] = {
     {"test", "what the report measures; never seen by a stage"},
     {"calibration", "text that post-training quantization looks at"},
     {"heldout", "text for early stopping"},
+    {"previous", "test data of the task that the model did before: every model is measured on them too, against the one that the run begins with"},
+    {"rehearsal", "training data of the task before, mixed into train"},
 };
 
 void recipe_top(FieldVisitor& v, Recipe& recipe, Node& data, Node& stages) {
@@ -32,14 +35,19 @@ void recipe_top(FieldVisitor& v, Recipe& recipe, Node& data, Node& stages) {
   v.integer("seed", seed, "everything random is a function of it", {.min = 0});
   recipe.seed = static_cast<std::uint64_t>(seed);
   v.section("teacher", has_teacher, "the big model", [&](FieldVisitor& t) {
-    t.text("path", recipe.teacher.path, "Hugging Face folder (config.json + safetensors) or a .gguf file");
+    t.text("path", recipe.teacher.path, "Hugging Face folder (config.json + safetensors), .gguf file, artifact, or run folder (its artifact, else its last stage)");
     t.text("tokenizer", recipe.teacher.tokenizer, "folder or file of the tokenizer when it does not lie with the weights");
   });
-  v.subtree("data", data, "train, dev, test, calibration, heldout: each a map of files, format, ...");
+  v.subtree("data", data, "train, dev, test, calibration, heldout, previous, rehearsal: each a map of files, format, ...");
   v.subtree("stages", stages, "list of stages in the order in which they run");
   v.texts("gates", recipe.gates, "conditions on the report; exit code 3 when one is not met");
   v.flag("tensorboard", recipe.tensorboard, "write the numbers of every training as TensorBoard event files too, into RUN/tensorboard");
   v.text("store", recipe.store, "folder where stage outputs are kept and shared between runs; empty = ~/.cache/kompakt");
+}
+
+void data_fields(FieldVisitor& v, const std::string& role, DataSource& source, double& rehearsal_share) {
+  fields(v, source);
+  if (role == "rehearsal") v.number("share", rehearsal_share, "classification: part of the training examples that come from here, drawn by seed; 0 = all of them are added", {.min = 0, .max = 0.95});
 }
 
 void read_data(const Node& node, Recipe& recipe, Problems& problems) {
@@ -56,7 +64,7 @@ void read_data(const Node& node, Recipe& recipe, Problems& problems) {
       continue;
     }
     DataSource source;
-    read_fields(entry.value, str("data set \"", entry.key, "\""), problems, [&](FieldVisitor& v) { fields(v, source); });
+    read_fields(entry.value, str("data set \"", entry.key, "\""), problems, [&](FieldVisitor& v) { data_fields(v, entry.key, source, recipe.rehearsal_share); });
     if (source.files.empty()) problems.add(Error(str("data set \"", entry.key, "\" names no files")).at(entry.place.text()).hint("add files: [FILE, ...]"));
     for (const std::string& file : source.files) {
       const fs::path path = recipe.path_of(file);
@@ -64,6 +72,30 @@ void read_data(const Node& node, Recipe& recipe, Problems& problems) {
     }
     recipe.data[entry.key] = std::move(source);
   }
+}
+
+// The path of a run folder or of an artifact becomes that of the model in it.
+void resolve_model(std::string& path, const Recipe& recipe, const std::string& place, Problems& problems) {
+  try {
+    path += model_inside(recipe.path_of(path));
+  } catch (const Error& error) {
+    problems.add(error.place().empty() ? Error(error).at(place) : error);
+  }
+}
+
+void resolve_student(Node& options, const Recipe& recipe, Problems& problems) {
+  const Node* student = options.find("student");
+  const Node* model = student && student->is_map() ? student->find("model") : nullptr;
+  if (!model || model->scalar.empty()) return;
+  std::string path = model->scalar;
+  if (!fs::exists(recipe.path_of(path))) {
+    problems.add(Error("there is no student").at("distill.student.model").given(recipe.path_of(path).string()).hint("check the path; relative paths start at the recipe's folder"));
+    return;
+  }
+  resolve_model(path, recipe, "distill.student.model", problems);
+  Node resolved = *student;
+  resolved.set("model", Node::text(path, true));
+  options.set("student", std::move(resolved));
 }
 
 // quantize.budget.not_larger_than becomes the size of that file: what a run depends on is the number, not the place.
@@ -111,9 +143,12 @@ void read_stages(const Node& node, Recipe& recipe, Problems& problems) {
     if (options.place.line == 0) options.place = place;
     stage.options = row->check(options, str("stage \"", name, "\""), problems);
     resolve_budget(stage.options, recipe, problems);
+    resolve_student(stage.options, recipe, problems);
     recipe.stages.push_back(std::move(stage));
   }
 }
+
+bool has_kind(const Recipe& recipe) { return recipe.find_data("train") || recipe.find_data("test") || recipe.find_data("dev"); }
 
 // What one key alone cannot tell: stages without the data or the order that they need.
 void check_together(const Recipe& recipe, Problems& problems) {
@@ -124,6 +159,21 @@ void check_together(const Recipe& recipe, Problems& problems) {
     if (exported && stage.row->changes_weights) problems.add(Error(str("stage \"", stage.row->name, "\" stands after \"export\"")).at(stage.place.text()).hint("move \"export\" behind the last stage that changes the model"));
     exported = exported || stage.row->name == "export";
   }
+  const DataSource *previous = recipe.find_data("previous"), *rehearsal = recipe.find_data("rehearsal");
+  if (rehearsal && !has_train) problems.add(Error("data set \"rehearsal\" is mixed into training data, and there are none").at(recipe.file).hint("add data: {train: {files: [...], ...}}, or remove rehearsal"));
+  if (rehearsal && rehearsal->format == "text" && recipe.rehearsal_share > 0) problems.add(Error("rehearsal.share is for classification").at(recipe.file).given(shortest(recipe.rehearsal_share)).hint("of text, rehearsal.tokens says how much is mixed in"));
+  for (const auto& [name, source] : {std::pair("previous", previous), std::pair("rehearsal", rehearsal)}) {
+    if (source && has_kind(recipe) && (source->format == "classification") != recipe.is_classification())
+      problems.add(Error(str("data set \"", name, "\" is of another kind than the other data")).at(recipe.file).given(source->format).hint("a run measures either labels or text: give it the same format"));
+    if (source && source == rehearsal && (source->max_length > 0 || source->refuse_long))
+      problems.add(Error("max_length and refuse_long of data set \"rehearsal\" would not be used").at(recipe.file).hint("its texts are cut as those of train are: set them there"));
+    if (source && source->holdout > 0) problems.add(Error(str("\"holdout\" of data set \"", name, "\" would not be used")).at(recipe.file).hint("it is for train"));
+  }
+  if (previous && rehearsal && !previous->files.empty() && previous->files == rehearsal->files)
+    problems.add(Error("data sets \"previous\" and \"rehearsal\" are the same files").at(recipe.file).given(join(previous->files, ", ")).hint("what is trained on is no test: give data.previous test data"));
+  for (const std::string& gate : recipe.gates)
+    if (!previous && (gate.find("previous_") != std::string::npos || gate.find("start.") != std::string::npos))
+      problems.add(Error("the gate asks for the task before, and the recipe names no data of it").at(recipe.file + ": gates").given(gate).hint("add data: {previous: {files: [...], ...}}"));
   for (const auto& [name, source] : recipe.data)
     if (source.format == "text" && source.holdout > 0) problems.add(Error(str("\"holdout\" of data set \"", name, "\" is for classification only")).at(recipe.file).hint("give data: {heldout: {...}} for text"));
   std::vector<std::string> subjects;
@@ -151,7 +201,7 @@ const DataSource* Recipe::find_data(const std::string& name) const {
 }
 
 bool Recipe::is_classification() const {
-  for (const char* name : {"train", "test", "dev"})
+  for (const char* name : {"train", "test", "dev", "previous"})
     if (const DataSource* source = find_data(name)) return source->format == "classification";
   return false;
 }
@@ -167,13 +217,14 @@ Recipe recipe_from_node(Node root, const std::string& file, const fs::path& base
   if (recipe.name.find('/') != std::string::npos || recipe.name[0] == '.') problems.add(Error("a name may not hold \"/\" or start with a dot").at(file).given(recipe.name));
   if (recipe.teacher.path.empty()) problems.add(Error("the recipe names no teacher").at(file).hint("add teacher: {path: FOLDER}"));
   else if (!fs::exists(recipe.path_of(recipe.teacher.path))) problems.add(Error("there is no teacher").at(file).given(recipe.path_of(recipe.teacher.path).string()).hint("check the path; scripts/fetch_teacher.sh fetches those of the shipped recipes"));
+  else resolve_model(recipe.teacher.path, recipe, "teacher.path", problems);
   read_data(data, recipe, problems);
   read_stages(stages, recipe, problems);
   check_together(recipe, problems);
   problems.throw_if_any("the recipe cannot run");
 
   Node data_node = Node::map();
-  for (auto& [name, source] : recipe.data) data_node.set(name, write_fields([&](FieldVisitor& v) { fields(v, source); }));
+  for (auto& [name, source] : recipe.data) data_node.set(name, write_fields([&, role = name](FieldVisitor& v) { data_fields(v, role, source, recipe.rehearsal_share); }));
   Node stage_list = Node::list();
   for (const RecipeStage& stage : recipe.stages) {
     Node item = Node::map();

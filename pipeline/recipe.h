@@ -30,7 +30,8 @@ struct Recipe {
   std::string name;
   std::uint64_t seed = 17;
   TeacherSettings teacher;
-  std::map<std::string, DataSource> data;  // train, dev, test, calibration, heldout
+  std::map<std::string, DataSource> data;  // train, dev, test, calibration, heldout, previous, rehearsal
+  double rehearsal_share = 0;              // of data.rehearsal in the training data; 0 = all of it
   std::vector<RecipeStage> stages;
   std::vector<std::string> gates;
   bool tensorboard = false;          // event files beside metrics.jsonl

@@ -55,6 +55,7 @@ RunOutcome RunSession::work() {
   if (ranks_) ranks_->check_equal(str(stage_key(recipe_.stages.front(), 0), manifest_.at("recipe_sha256").get<std::string>(), data_hash_, options_.resume ? "\nresume\n" : "\n", options_.device, "\n", options_.until), "recipe, teacher, data, --resume, --device, --until or version of kompakt", "give all ranks the same files and options");
   if (leader())
     for (StagePrediction& prediction : predict_stages(recipe_, data_)) predictions_[prediction.title] = prediction;
+  if (leader()) measure_start();
 
   bool stopped = false;
   for (std::size_t index = 0; index < recipe_.stages.size() && !stopped; ++index) {
@@ -67,6 +68,7 @@ RunOutcome RunSession::work() {
   outcome.folder = folder_;
   if (!leader()) return outcome;
   if (manifest_["teacher"].is_null() && !stopped) manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
+  if (!start_key_.empty() && teacher_position_.key == start_key_) manifest_["start"]["path"] = "teacher";  // one row in tables
 
   Json gates = Json::array();
   if (stopped && !recipe_.gates.empty()) log_info(str("gates are not checked: the run stopped after ", options_.until));

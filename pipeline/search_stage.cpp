@@ -101,6 +101,7 @@ void plan_search(const Node& node, const PlanInput& input, PlannedModel& model) 
   std::size_t fitting = 0;
   std::int64_t smallest = -1, most = -1;
   const ModelConfig before = model.config;
+  bool always_cut = true;
   for (const SearchShape& shape : shapes) {
     const ModelConfig config = search_config(before, shape, input.vocabulary_kept);
     const Transformer meta(config, 0, c10::Device(c10::kMeta));
@@ -116,12 +117,14 @@ void plan_search(const Node& node, const PlanInput& input, PlannedModel& model) 
     if (smallest < 0 || frame.smallest_bytes < smallest) smallest = frame.smallest_bytes;
     if (limit < frame.smallest_bytes) continue;
     ++fitting;
+    always_cut = always_cut && cut;
     if (const std::int64_t parameters = count_parameters(config).total; parameters > most) {
       most = parameters, model.config = config;
       if (options.apply == "all") model.quantized = frame.smallest, model.budget_bytes = std::min(limit, frame.largest_bytes);
     }
   }
   if (smallest < 0) throw Error(str("no shape of the search can be stored: ", reason)).at("search").hint("name formats with smaller groups, or other widths and multiple_of");
+  model.other_tokens = model.other_tokens || always_cut;
   if (fitting == 0)
     throw Error("no shape of the search fits the budget").at("search.budget").given(search_budget_text(options.budget)).allowed(str("files from ", smallest, " bytes (", human_bytes(static_cast<double>(smallest)), ")"))
         .hint("raise the budget, or let the search remove more (layers, ffn, heads, vocabulary: [used])");

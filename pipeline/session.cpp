@@ -46,6 +46,9 @@ std::string session_teacher_hash(const fs::path& path) {
   return all.hex();
 }
 
+// Not a plain checkpoint: what an exporter has written, with codes in place of weights.
+bool is_artifact(const fs::path& path) { return is_packed(path) || (fs::is_directory(path) && is_compressed(path)); }
+
 // Bytes that the embedding tables take in the files of a model, by tensor name.
 std::vector<std::pair<std::string, std::int64_t>> session_embedding_bytes(const Transformer& model, const fs::path& folder) {
   std::vector<std::pair<std::string, std::int64_t>> out;
@@ -103,14 +106,19 @@ std::string RunSession::stage_key(const RecipeStage& stage, std::size_t index) c
     if (const Node* table = budget->find("latency_table"); table && !table->scalar.empty()) artifact += sha256_file(recipe_.path_of(table->scalar));
   if (const Node* student = stage.options.find("student"))
     if (const Node* model = student->find("model"); model && !model->scalar.empty()) artifact += session_teacher_hash(recipe_.path_of(model->scalar));
+  std::string limits;  // how much of its files each data set gives
+  for (const char* name : {"train", "heldout", "calibration", "rehearsal"})
+    if (const DataSource* source = recipe_.find_data(name); source && (source->tokens > 0 || (source->max_length > 0 && std::string_view(name) != "train")))
+      limits += str(name, " ", source->tokens, " ", source->max_length, "\n");
   return sha256(str(kompakt_version, "/", stage_revision, "\n", stage.row->name, "\n", dump_yaml(stage.options), position_.key, "\n", teacher_position_.key, "\n", data_hash_, "\n",
                     recipe_.find_data("train") ? recipe_.find_data("train")->max_length : 0, "\n", recipe_.seed, "\n", stage.row->needs_train ? index : 0, "\n",
-                    stage.row->name == "export" ? recipe_.name : artifact));
+                    stage.row->name == "export" ? recipe_.name : artifact, limits.empty() ? "" : "\n", limits));
 }
 
 void RunSession::load_current(const fs::path& paging) {
   if (current_.model) return;
-  current_.model = paging.empty() ? load_model(position_.folder) : load_model_paged(position_.folder, paging);
+  // An artifact that the run begins with is decoded into memory.
+  current_.model = paging.empty() || is_artifact(position_.folder) ? open_any_model(position_.folder) : load_model_paged(position_.folder, paging);
   current_.model->to(device_);
   const bool is_start = position_.title == "teacher";
   current_.tokenizer = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : position_.folder);
@@ -126,7 +134,7 @@ void RunSession::load_current(const fs::path& paging) {
 
 void RunSession::load_teacher() {
   if (teacher_) return;
-  teacher_ = load_model(teacher_position_.folder);
+  teacher_ = open_any_model(teacher_position_.folder);
   teacher_->to(device_);
   const bool is_start = teacher_position_.title == "teacher";
   teacher_tokenizer_ = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : teacher_position_.folder);
@@ -167,7 +175,7 @@ StageContext RunSession::stage_context(const RecipeStage& stage, std::size_t ind
   if (!options_.resume) fs::remove_all(context.work);
   make_folder(context.work);
   // Block by block: the weights lie in a file, and nobody asks for the teacher's outputs.
-  const bool paged = works_by_blocks(stage) && device_.is_cpu();
+  const bool paged = works_by_blocks(stage) && device_.is_cpu() && !is_artifact(position_.folder);
   if (current_.model && is_paged(current_.model->tokens.weight) != paged && stage.row->changes_weights) current_ = {};
   load_current(paged ? context.work : fs::path());
   context.seed = recipe_.seed * 1000003 + index;
@@ -307,15 +315,14 @@ void RunSession::publish_artifact(const fs::path& entry) {
 
 Json RunSession::measure_model(const std::string& label, const std::string& key, const fs::path& folder, bool artifact) {
   const bool is_teacher = key == teacher_position_.key;
+  const bool versus_start = data_.has_previous() && !start_key_.empty() && key != start_key_;
+  const std::string earlier = !data_.has_previous() ? std::string() : str("\n", data_.previous.hash, data_.previous_text.hash, "\n", recipe_.find_data("previous")->max_length, "/", recipe_.find_data("previous")->tokens, "\n", versus_start ? start_key_ : std::string());
   const std::string evaluation_key = sha256(str("evaluation/", stage_revision, "\n", key, "\n", data_.test.hash, data_.test_text.hash, data_.dev.hash, "\n", is_teacher ? std::string() : teacher_evaluation_key_, "\n",
-      evaluate_.measure.latency, evaluate_.measure.latency_tokens, "/", evaluate_.measure.latency_repeats, "/", evaluate_.cascade, "\n", recipe_.find_data("test") ? str(recipe_.find_data("test")->max_length, "/", recipe_.find_data("test")->tokens) : std::string()));
+      evaluate_.measure.latency, evaluate_.measure.latency_tokens, "/", evaluate_.measure.latency_repeats, "/", evaluate_.cascade, "\n", recipe_.find_data("test") ? str(recipe_.find_data("test")->max_length, "/", recipe_.find_data("test")->tokens) : std::string(), earlier));
   if (const auto entry = store_.find(evaluation_key)) {
     if (is_teacher) {
       teacher_evaluation_key_ = evaluation_key;
-      const Json saved = read_json(*entry / "scores.json");
-      teacher_scores_ = TeacherScores{};
-      teacher_scores_->test.labels = saved.at("labels").get<std::vector<std::int64_t>>();
-      teacher_scores_->test.classes = saved.at("classes").get<std::int64_t>();
+      teacher_scores_ = scores_from_json(read_json(*entry / "scores.json"));
     }
     Json out = read_json(*entry / "evaluation.json");
     out["label"] = label;
@@ -328,7 +335,7 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   if (artifact) {
     model = open_any_model(folder);
     tokenizer = load_tokenizer(fs::exists(folder / "model.gguf") ? folder / "model.gguf" : folder);
-  } else if (!data_.has_test()) {  // nothing to run: its shape is enough
+  } else if (!data_.has_test() && !data_.has_previous()) {  // nothing to run: its shape is enough
     model = std::make_shared<Transformer>(load_config(folder), 0, c10::Device(c10::kMeta));
   } else if (is_teacher) {
     load_teacher();
@@ -341,16 +348,17 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   Json out = describe_size(*model, folder, session_embedding_bytes(*model, folder));
   out["path"] = artifact ? "artifact" : label;
   const bool text = data_.kind == TaskData::Kind::text;
-  const bool measurable = data_.has_test() && (text || model->config().is_classifier());
+  const bool measurable = (data_.has_test() || data_.has_previous()) && (text || model->config().is_classifier());
   TeacherScores scores;
   if (measurable) {
     if (text && !is_teacher) load_teacher();
     // Distributions over different tokens cannot be compared.
     const bool comparable = text && !is_teacher && tokenizer->fingerprint() == teacher_tokenizer_->fingerprint();
     TokenizedData& tokenized = data_for(tokenizer, model->config());
-    scores = measure(*model, tokenized, evaluate_.measure, is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, comparable ? teacher_.get() : nullptr, label, out);
+    const Baselines baselines{is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, comparable ? teacher_.get() : nullptr, versus_start ? &*start_scores_ : nullptr};
+    scores = measure(*model, tokenized, evaluate_.measure, baselines, label, out);
     if (text && !is_teacher && !comparable) out["nulls"]["kl"] = "the teacher has another tokenizer";
-    if (evaluate_.cascade && artifact && teacher_scores_ && !text) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
+    if (evaluate_.cascade && artifact && teacher_scores_ && !text && !scores.test.labels.empty()) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
   } else {
     out["nulls"] = Json{{"accuracy", data_.has_test() ? "the model has no classifier" : "the recipe has no test data"}};
   }
@@ -360,10 +368,20 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   }
   store_.add(evaluation_key, [&](const fs::path& entry) {
     write_json(entry / "evaluation.json", out);
-    write_json(entry / "scores.json", Json{{"labels", scores.test.labels}, {"classes", scores.test.classes}});
+    write_json(entry / "scores.json", scores_to_json(scores));
   });
   out["label"] = label;
   return out;
+}
+
+void RunSession::measure_start() {
+  if (!data_.has_previous()) return;
+  manifest_["start"] = measure_model("start", position_.key, position_.folder, false);
+  start_key_ = position_.key;
+  start_scores_ = teacher_scores_;  // it is the teacher as well until a stage makes another one
+  // The first stage may replace both: nothing is held in memory for it.
+  teacher_.reset(), teacher_source_.reset();
+  current_ = {};
 }
 
 void RunSession::write_manifest() const { write_json(folder_ / "manifest.json", manifest_); }

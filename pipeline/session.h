@@ -50,6 +50,8 @@ class RunSession {
   TeacherSource* teacher_source();
   // MODEL of the report for a model on disk; from the store when it was measured before.
   Json measure_model(const std::string& label, const std::string& key, const std::filesystem::path& folder, bool artifact);
+  // With data.previous: the model that the run begins with, before any stage, on old and new data.
+  void measure_start();
   void publish_artifact(const std::filesystem::path& entry);
   void write_manifest() const;
   Json environment() const;
@@ -72,6 +74,8 @@ class RunSession {
   std::map<std::string, std::unique_ptr<TokenizedData>> tokenized_;  // by tokenizer fingerprint and length limit
   std::optional<TeacherScores> teacher_scores_;
   std::string teacher_evaluation_key_;
+  std::optional<TeacherScores> start_scores_;  // with data.previous
+  std::string start_key_;                      // likewise
   Json manifest_ = Json::object();
   std::map<std::string, StagePrediction> predictions_;
   int worked_ = 0;  // stages and measurements that were really done

@@ -83,6 +83,7 @@ void add_training(const PlanInput& input, const TrainOptions& train, const Node*
   const TrainCost cost = predict_cost(model.config, train, input.train_examples, input.tokens_per_example, input.touched_vocabulary, objective ? &model.teacher : nullptr);
   model.seconds += input.gigaflops > 0 ? cost.flops / (input.gigaflops * 1e9) : 0;
   model.memory_bytes = std::max(model.memory_bytes, cost.memory_bytes);
+  model.trained = true, model.halves = false;
   if (!objective || !model.config.is_classifier()) return;
   std::vector<std::int64_t> layer_map = model.layer_map;
   for (std::int64_t layer = 0; model.layer_map.empty() && layer < model.config.layers; ++layer) layer_map.push_back(layer);
@@ -92,6 +93,22 @@ void add_training(const PlanInput& input, const TrainOptions& train, const Node*
   const double tokens = static_cast<double>(input.train_examples) * input.tokens_per_example;
   model.cache_bytes = static_cast<std::int64_t>(2.0 * tokens * static_cast<double>(teacher_taps.size()) * static_cast<double>(model.teacher.hidden)) +
                       4 * input.train_examples * static_cast<std::int64_t>(model.teacher.labels.size());
+}
+
+// Losses against the teacher go token by token: an Error where a cut of the vocabulary, or another student, has given the model other ids.
+void refuse_other_tokens(const std::string& stage) {
+  throw Error("the stage compares model and teacher token by token, and the ids of the model are not the teacher's any more").at(str("stage \"", stage, "\""))
+      .hint("cut the vocabulary behind the last stage that learns from the teacher, or take its objective from the text alone: [{labels: cross_entropy}]");
+}
+
+bool asks_teacher(const Node& objective) {
+  Problems problems;
+  const auto rows = build_objectives(objective.is_null() ? default_objective(false) : objective, {}, problems);
+  return std::any_of(rows.begin(), rows.end(), [](const auto& row) { return row->needs_teacher(); });
+}
+
+void plan_teacher_tokens(const PlanInput& input, const Node& objective, const PlannedModel& model, const std::string& stage) {
+  if (model.other_tokens && !input.recipe.is_classification() && asks_teacher(objective)) refuse_other_tokens(stage);
 }
 
 // Objectives of a stage that trains; the teacher layer that each student layer follows comes from the distillation before.
@@ -108,6 +125,9 @@ std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, Stage
   const ObjectiveShapes shapes = run.context.teacher ? objective_shapes(*run.current.model, run.context.teacher->config(), run.context.seed) : ObjectiveShapes{};
   auto objectives = build_objectives(chosen, run.context.layer_map, problems, shapes);
   problems.throw_if_any("the objective is not valid");
+  if (run.context.teacher && run.context.data->kind == TaskData::Kind::text && run.teacher_tokenizer && run.teacher_tokenizer->fingerprint() != run.current.tokenizer->fingerprint() &&
+      std::any_of(objectives.begin(), objectives.end(), [](const auto& row) { return row->needs_teacher(); }))
+    refuse_other_tokens(run.context.title);
   for (const auto& objective : objectives)
     if (objective->needs_teacher() && !run.context.teacher) throw Error("the objective asks for a teacher, and the run has none that is fit for the task").at("stage \"" + run.context.title + "\"").hint("put a finetune stage before it, or use {labels: cross_entropy}");
   return objectives;
@@ -116,7 +136,7 @@ std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, Stage
 void plan_finetune(const Node& node, const PlanInput& input, PlannedModel& model) {
   set_rounding(model.config, RuntimeRounding());  // weights change, and with them what is rounded how
   const auto options = read_stage<FinetuneOptions>(node);
-  if (!model.config.is_classifier() && input.recipe.is_classification()) model.config.labels.assign(1, "label");
+  if (input.recipe.is_classification() && input.labels && !input.labels->empty()) model.config.labels = *input.labels;
   add_training(input, options.train, nullptr, model);
   model.layer_map.clear();
   model.bytes = float_bytes(model.config);
@@ -163,8 +183,13 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
     const std::filesystem::path path = input.recipe.path_of(options.student.model);
     model.config = load_config(path);
     model.layer_map = other_layer_map(options.student, model.config, model.teacher);
-    if (input.tokenizer) model.notes.push_back(compare_students(options, *load_tokenizer(path), model.config, *input.tokenizer, model.teacher).text());
+    if (input.tokenizer) {
+      const std::unique_ptr<Tokenizer> own = load_tokenizer(path);
+      model.notes.push_back(compare_students(options, *own, model.config, *input.tokenizer, model.teacher).text());
+      model.other_tokens = own->fingerprint() != input.tokenizer->fingerprint();
+    }
   }
+  if (options.student.model.empty() && !crosses_tokenizers(options.objective)) plan_teacher_tokens(input, options.objective, model, "distill");
   if (options.has_on_policy) check_completion_length(options.on_policy, options.on_policy.prompt_tokens, options.train.sequence_length, model.config.max_positions, "stage \"distill\"");
   if (options.has_teacher_text) check_completion_length(options.teacher_text, options.teacher_text.prompt_tokens, options.train.sequence_length, model.teacher.max_positions, "stage \"distill\"");
   if (options.has_on_policy || options.has_teacher_text) model.notes.push_back("the time to write texts is not in the prediction");
@@ -183,7 +208,7 @@ void run_distill(const Node& node, StageRun& run) {
   std::unique_ptr<TokenizedData> own;  // the data in the tokens of a student that is another model
   if (!options.student.model.empty()) {
     const std::filesystem::path path = run.recipe.path_of(options.student.model);
-    run.current = {load_model(path), load_tokenizer(path), {}, {}};
+    run.current = {open_any_model(path), load_tokenizer(path), {}, {}};
     check_tokenizer_fits(*run.current.tokenizer, run.current.model->config(), path.string());
     run.current.model->to(run.context.device);
     own = tokenize_data(run.recipe, load_data(run.recipe), *run.current.tokenizer, run.current.model->config());
@@ -228,7 +253,10 @@ void plan_prune(const Node& node, const PlanInput& input, PlannedModel& model) {
   }
   model.config = pruned_config(model.config, options);
   if (options.has_vocabulary && input.vocabulary_kept > 0) model.config.vocab = input.vocabulary_kept;
+  if (options.has_recover) plan_teacher_tokens(input, options.objective, model, "prune");
   if (options.has_recover) add_training(input, options.recover, &options.objective, model);
+  if (options.has_vocabulary) model.other_tokens = true;
+  if (options.compensate != "none") model.trained = true, model.halves = false;
   model.bytes = float_bytes(model.config);
 }
 
@@ -257,10 +285,16 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   Problems problems;
   check_grid_training(options, input.recipe.is_classification(), node.place.text(), problems);
   problems.throw_if_any("the stage's options are not valid");
+  if (options.method == "qad" || options.tunes_model()) plan_teacher_tokens(input, options.objective, model, "quantize");
   model.budget_bytes = 0;
   if (options.subln && model.config.sub_norms) throw Error("the model has sub-norms already").at(node.place.text()).given("subln: true").hint("leave subln out: those of the earlier stage stay");
   if (options.subln) model.config.sub_norms = true;
   const auto add_trainings = [&] {
+    struct Halves {  // what has no grid is rounded at the end
+      PlannedModel& model;
+      bool halves;
+      ~Halves() { model.halves = halves; }
+    } rounded{model, options.others == "f16"};
     if (options.method == "qad") {
       if (options.has_pretrain) add_training(input, options.pretrain, nullptr, model);
       add_training(input, options.train, &options.objective, model);

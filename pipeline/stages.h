@@ -45,6 +45,9 @@ struct PlannedModel {
   std::vector<std::int64_t> layer_map;  // of the distillation before; empty = layer i follows layer i
   std::int64_t cache_bytes = 0;  // teacher's outputs on the training set: a mapped file whose pages count as memory
   std::map<std::string, GridSpec> quantized;
+  bool trained = false;          // floats have values that half precision does not hold
+  bool halves = false;           // what has no grid was rounded to half precision
+  bool other_tokens = false;     // of text: the ids are not the teacher's any more
   std::int64_t budget_bytes = 0; // > 0: grids are chosen in the run, so that the artifact has at most these; `quantized` is the smallest plan
   std::int64_t bytes = 0;        // of the files that the stage writes
   std::int64_t memory_bytes = 0; // predicted peak
@@ -64,6 +67,7 @@ struct PlanInput {
   std::int64_t evaluation_examples = 0;
   double gigaflops = 0;                 // measured in a moment's matrix product
   ModelConfig teacher;
+  const std::vector<std::string>* labels = nullptr;  // of the data
   const Tokenizer* tokenizer = nullptr;  // of the teacher
 };
 

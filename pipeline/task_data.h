@@ -16,22 +16,25 @@ namespace kompakt {
 
 struct LoadedData {
   TaskData::Kind kind = TaskData::Kind::classification;
-  ClassificationSet train, dev, test;                    // classification
-  TextSet train_text, calibration, heldout, test_text;   // text
+  ClassificationSet train, dev, test, previous;          // classification; rehearsed examples are in train
+  TextSet train_text, calibration, heldout, test_text, previous_text, rehearsal_text;  // text
   std::int64_t truncated_train = 0, truncated_test = 0;  // of the last tokenization
+  std::int64_t rehearsed = 0;                            // examples or documents of data.rehearsal in the training data
   bool has_test() const { return !test.examples.empty() || !test_text.documents.empty(); }
+  bool has_previous() const { return !previous.examples.empty() || !previous_text.documents.empty(); }
   // For the manifest: sizes and hashes.
   Json describe() const;
   std::string hash() const;
 };
 
-// Reads all files. Errors: empty set, unknown label in dev or test, the same text in calibration and test.
+// Reads all files; labels are numbered as pipeline/earlier_task.h says. Errors: empty set, unknown label in dev, test, previous or rehearsal,
+// the same text in calibration and test.
 LoadedData load_data(const Recipe& recipe);
 
 struct TokenizedData {
   TaskData task;                                     // what stages see: no test set in it
-  TokenizedExamples test;                            // classification
-  std::vector<std::vector<std::int64_t>> test_windows;  // text
+  TokenizedExamples test, previous;                  // classification
+  std::vector<std::vector<std::int64_t>> test_windows, previous_windows;  // text
   std::int64_t max_length = 0;
   std::int64_t truncated_train = 0, truncated_test = 0;
 };

@@ -225,7 +225,7 @@ class GateParser {
     const std::string& first = tree.path[0];
     std::vector<std::string> inside = metric_names();  // what an entry holds
     inside.insert(inside.end(), entry_keys().begin(), entry_keys().end());
-    std::vector<std::string> subjects = {"artifact", "teacher"};
+    std::vector<std::string> subjects = {"artifact", "teacher", "start"};
     const bool numbered = gate_digit(first[0]);
     subjects.insert(subjects.end(), stages_.begin(), stages_.end());
     if (stages_.empty()) subjects.insert(subjects.end(), stage_kinds().begin(), stage_kinds().end());
@@ -259,7 +259,7 @@ class GateParser {
 }  // namespace
 
 const std::vector<std::string>& entry_keys() {
-  static const std::vector<std::string> keys = {"tasks", "language", "shape", "versus_teacher", "ratio_to_teacher", "predicted", "cpu_seconds", "inference_peak_memory_bytes", "details"};
+  static const std::vector<std::string> keys = {"tasks", "language", "shape", "versus_teacher", "versus_start", "ratio_to_teacher", "predicted", "cpu_seconds", "inference_peak_memory_bytes", "details"};
   return keys;
 }
 const std::vector<std::string>& report_keys() {

@@ -47,7 +47,7 @@ const Json* gate_stage(const Json& report, const std::string& name) {
 const Json* gate_subject(const Json& report, const std::vector<std::string>& path, std::string& subject, std::size_t& start, std::string& missing) {
   subject = path[0];
   start = 1;
-  for (const char* side : {"artifact", "teacher"}) {
+  for (const char* side : {"artifact", "teacher", "start"}) {
     if (subject != side) continue;
     const Json* entry = find_json(report, {side});
     if (!entry) missing = str("the run has no ", side);
@@ -171,7 +171,7 @@ bool gate_compare(double left, const std::string& op, double right) {
 }
 
 const Json* gate_entry(const Json& report, const std::string& subject) {
-  return subject == "artifact" || subject == "teacher" ? find_json(report, {subject.c_str()}) : gate_stage(report, subject);
+  return subject == "artifact" || subject == "teacher" || subject == "start" ? find_json(report, {subject.c_str()}) : gate_stage(report, subject);
 }
 
 // Replaces the compared numbers by factor * bound against what remains; false when no interval fits.
@@ -189,14 +189,25 @@ bool gate_bound(const Json& report, const GateValue& left, const GateValue& righ
     factor = f;
     what = str(figure.subject, ".", figure.metric);
   } else if (difference.terms.size() == 2) {
-    auto mine = difference.terms.begin(), teacher = std::next(mine);
-    if (mine->first.subject == "teacher") std::swap(mine, teacher);
-    if (teacher->first.subject != "teacher" || mine->first.metric != teacher->first.metric) return false;
-    if (std::abs(mine->second + teacher->second) > 1e-12 * std::abs(mine->second)) return false;
+    auto mine = difference.terms.begin(), other = std::next(mine);
+    const auto is_other = [](const auto& term) { return term->first.subject == "teacher" || term->first.subject == "start"; };
+    if (is_other(mine) && (!is_other(other) || mine->first.subject == "start")) std::swap(mine, other);  // versus the start before versus the teacher
+    if (!is_other(other) || mine->first.metric != other->first.metric) return false;
+    const bool start = other->first.subject == "start";
     const Json* entry = gate_entry(report, mine->first.subject);
-    interval = entry ? find_json(*entry, {"versus_teacher", (mine->first.metric + "_difference").c_str()}) : nullptr;
+    const auto pair = [&](const char* kind) { return entry ? find_json(*entry, {start ? "versus_start" : "versus_teacher", (mine->first.metric + kind).c_str()}) : nullptr; };
+    const std::string whose = start ? "that of the model at the start" : "the teacher's";
     factor = mine->second;
-    what = str(mine->first.subject, ".", mine->first.metric, " minus the teacher's");
+    if (const Json* ratio = pair("_ratio"); ratio && difference.constant == 0 && mine->second * other->second < 0) {
+      // a x - b y against 0, y > 0: x / y against b / a.
+      interval = ratio;
+      what = str(mine->first.subject, ".", mine->first.metric, " over ", whose);
+      difference.constant = other->second;
+    } else {
+      if (std::abs(mine->second + other->second) > 1e-12 * std::abs(mine->second)) return false;
+      interval = pair("_difference");
+      what = str(mine->first.subject, ".", mine->first.metric, " minus ", whose);
+    }
   }
   if (!interval || !interval->is_object()) return false;
   // left - right = factor * x + constant: what is unfavourable depends on the comparison and the factor's sign.

@@ -2,7 +2,7 @@
 //
 //   accuracy >= teacher.accuracy - 0.01 @ 95%      artifact.bytes <= 2.9 MB      02-distill.kl.p99 < 0.5
 //
-// A name is a metric (of the artifact), SUBJECT.METRIC with artifact, teacher, a stage's name or its kind (the last stage of
+// A name is a metric (of the artifact), SUBJECT.METRIC with artifact, teacher, start (the model that a run with data.previous begins with), a stage's name or its kind (the last stage of
 // that kind), or a longer path into report.json; a part with odd characters stands in quotes: artifact.language.'wiki-2'.kl.
 // Numbers may carry %, B, kB, MB, GB, KiB, MiB, GiB, s, min, h. Operators: + - * / ( ) and one of <= >= < > == !=.
 // `@ 95%` takes the unfavourable bound of the 95% interval. Reads JSON only; decides nothing about exit codes.

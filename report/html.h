@@ -34,6 +34,7 @@ std::string svg_lines(const std::vector<Series>& series, const std::string& x_ti
 // html_details.cpp: sections, "" where the report has nothing to show.
 std::string html_curves(const Json& report);
 std::string html_layers(const Json& report);
+std::string html_before_after(const Json& report);
 std::string html_budget(const Json& report);
 std::string html_tuning(const Json& report);
 std::string html_rounding(const Json& report);

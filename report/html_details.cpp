@@ -5,6 +5,7 @@
 
 #include "core/text.h"
 #include "report/budget.h"
+#include "report/earlier.h"
 #include "report/html.h"
 #include "report/metrics.h"
 #include "report/rounding.h"
@@ -135,6 +136,12 @@ std::string html_rounding(const Json& report) {
     if (!view.rows.empty()) body += details_table(view.header, view.rows);
   }
   return details_section("rounding", "Activations, keys and values", "What is rounded beside weights; error is the squared error over the sum of squares on the calibration set.", body);
+}
+
+std::string html_before_after(const Json& report) {
+  std::vector<std::vector<std::string>> rows;
+  for (const BeforeAfter& row : before_after(report)) rows.push_back(row.cells);
+  return rows.empty() ? std::string() : details_section("before-after", "Before and after", "Before: the model that the run begins with. Differences are paired, on the same examples; what got worse stands first.", details_table(before_after_header, rows));
 }
 
 std::string html_tuning(const Json& report) {

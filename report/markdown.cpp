@@ -1,6 +1,7 @@
 // report.md: for pull requests and mails. Text from outside is escaped for Markdown and for the HTML inside it.
 #include "core/text.h"
 #include "report/budget.h"
+#include "report/earlier.h"
 #include "report/rounding.h"
 #include "report/tuning.h"
 #include "report/gates.h"
@@ -61,6 +62,11 @@ std::string report_markdown(const Json& report) {
     text += str("\n## Models\n\n", markdown_row(table.header), markdown_rule(table.header.size()));
     for (const auto& row : table.rows) text += markdown_row(row);
     text += "\n± is half the width of the 95% interval. Size is that of whole files; bits/weight counts all of their bytes.\n";
+  }
+  if (const auto rows = before_after(report); !rows.empty()) {
+    text += str("\n## Before and after\n\n", markdown_row(before_after_header), "|---|---|---|--:|--:|--:|---|\n");
+    for (const BeforeAfter& row : rows) text += markdown_row(row.cells);
+    text += "\nBefore: the model that the run begins with. Differences are paired, on the same examples.\n";
   }
   if (!report.at("gates").empty()) {
     text += str("\n## Gates\n\n", markdown_row({"gate", "met", "figures", "note"}), "|---|---|---|---|\n");

@@ -12,7 +12,7 @@ namespace {
 
 using Needs = Metric::Needs;
 
-constexpr std::array<Metric, 18> metric_rows = {{
+constexpr std::array<Metric, 21> metric_rows = {{
     {"accuracy", "accuracy", Unit::share, Better::higher, Needs::task, "share of right labels, Wilson 95% interval"},
     {"macro_f1", "macro-F1", Unit::share, Better::higher, Needs::task, "mean F1 over classes, bootstrap 95% interval"},
     {"ece", "calibration error", Unit::small_number, Better::lower, Needs::task, "expected calibration error, 15 bins"},
@@ -20,6 +20,9 @@ constexpr std::array<Metric, 18> metric_rows = {{
     {"perplexity", "perplexity", Unit::number, Better::lower, Needs::language, "exp of the mean negative log-likelihood"},
     {"kl", "KL", Unit::small_number, Better::lower, Needs::language, "mean divergence from the teacher, nats a token"},
     {"top1_agreement", "same top-1", Unit::share, Better::higher, Needs::language, "share of positions with the teacher's first choice"},
+    {"previous_accuracy", "accuracy before", Unit::share, Better::higher, Needs::earlier_task, "share of right labels of the task that the model did before the run"},
+    {"previous_macro_f1", "macro-F1 before", Unit::share, Better::higher, Needs::earlier_task, "mean F1 over the classes of that task"},
+    {"previous_perplexity", "perplexity before", Unit::number, Better::lower, Needs::earlier_text, "perplexity of the text that the model was made for before the run"},
     {"bytes", "size", Unit::bytes, Better::lower, Needs::any, "bytes of whole files"},
     {"weight_bytes", "weights", Unit::bytes, Better::lower, Needs::any, "bytes of tensor data"},
     {"bits_per_weight", "bits/weight", Unit::number, Better::lower, Needs::any, "8 * bytes of whole files / parameters"},

@@ -2,6 +2,7 @@
 #include "report/report.h"
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <vector>
 
@@ -33,7 +34,8 @@ void report_copy(const Json& from, Json& to, std::initializer_list<const char*> 
 }
 
 // The split whose score stands in headings: test before dev before any other, and the only one when there is one.
-std::string report_headline(const Json& groups, std::initializer_list<const char*> preferred) {
+std::string report_headline(Json groups, std::initializer_list<const char*> preferred) {
+  groups.erase("previous");  // of the task before: figures of its own
   for (const char* name : preferred) {
     if (groups.contains(name)) return name;
   }
@@ -48,6 +50,7 @@ void report_model(const Json& model, Json& entry, const std::string& place) {
     const Json& task = report_member(tasks, name.c_str(), Json::value_t::object, place);
     entry["task"] = name;
     report_copy(task, entry, {"n", "accuracy", "macro_f1", "ece"});
+    if (const Json* versus = find_json(task, {"versus_start"})) report_copy(*versus, entry["versus_start"], {"accuracy_difference", "macro_f1_difference"});
     if (const Json* versus = find_json(task, {"versus_teacher"})) {
       entry["versus_teacher"] = *versus;
       report_copy(*versus, entry, {"agreement"});
@@ -57,6 +60,16 @@ void report_model(const Json& model, Json& entry, const std::string& place) {
   if (const std::string name = report_headline(texts, {}); !name.empty()) {
     entry["text"] = name;
     report_copy(report_member(texts, name.c_str(), Json::value_t::object, place), entry, {"perplexity", "kl", "top1_agreement"});
+    if (const Json* versus = find_json(texts, {name.c_str(), "versus_start"})) report_copy(*versus, entry["versus_start"], {"perplexity_ratio"});
+  }
+  for (const auto& [groups, names] : {std::pair(&tasks, std::array<const char*, 2>{"accuracy", "macro_f1"}), std::pair(&texts, std::array<const char*, 2>{"perplexity", ""})}) {
+    const Json* before = find_json(*groups, {"previous"});
+    for (const std::string metric : names) {
+      if (!before || metric.empty()) continue;
+      if (const Json* value = find_json(*before, {metric.c_str()})) entry["previous_" + metric] = *value;
+      for (const char* pair : {"_difference", "_ratio"})
+        if (const Json* versus = find_json(*before, {"versus_start", (metric + pair).c_str()})) entry["versus_start"]["previous_" + metric + pair] = *versus;
+    }
   }
   if (const Json* latency = find_json(model, {"latency_ms"})) {
     if (const auto value = number_of(*latency, "latency_ms")) entry["latency_ms"] = *value;
@@ -71,15 +84,30 @@ void report_model(const Json& model, Json& entry, const std::string& place) {
   }
 }
 
+// What any model of a run was measured on.
+struct ReportKinds {
+  bool tasks = false, texts = false, earlier_tasks = false, earlier_texts = false;
+  const char* reason_without(Metric::Needs needs) const {  // null where it was measured
+    switch (needs) {
+      case Metric::Needs::any: return nullptr;
+      case Metric::Needs::task: return tasks ? nullptr : no_task_reason;
+      case Metric::Needs::language: return texts ? nullptr : no_text_reason;
+      case Metric::Needs::earlier_task: return earlier_tasks ? nullptr : no_earlier_reason;
+      case Metric::Needs::earlier_text: return earlier_texts ? nullptr : no_earlier_reason;
+    }
+    return nullptr;
+  }
+};
+
 // Every metric that the entry lacks becomes null with a reason.
-void report_nulls(const Json& model, Json& entry, bool run_has_tasks, bool run_has_texts, Json reasons) {
+void report_nulls(const Json& model, Json& entry, const ReportKinds& kinds, Json reasons) {
   if (const Json* given = find_json(model, {"nulls"})) reasons.update(*given);
   Json nulls = Json::object();
   for (const Metric& metric : metrics()) {
     if (number_at(entry, metric.name)) continue;
     entry[metric.name] = nullptr;
-    const bool foreign = (metric.needs == Metric::Needs::task && !run_has_tasks) || (metric.needs == Metric::Needs::language && !run_has_texts);
-    nulls[metric.name] = reasons.contains(metric.name) ? reasons[metric.name] : Json(foreign ? (run_has_tasks ? no_text_reason : no_task_reason) : report_not_measured);
+    const char* foreign = kinds.reason_without(metric.needs);
+    nulls[metric.name] = reasons.contains(metric.name) ? reasons[metric.name] : Json(foreign ? foreign : report_not_measured);
   }
   entry["nulls"] = nulls;
 }
@@ -107,11 +135,14 @@ Json report_predictions(const Json& predicted, const Json& entry) {
   return result;
 }
 
-bool report_any(const Json& manifest, const char* group) {
+// Some model has figures of a group ("tasks", "language"): of the task before, or of any other.
+bool report_any(const Json& manifest, const char* group, bool earlier) {
   const auto has = [&](const Json& model) {
     const Json* found = find_json(model, {group});
-    return found && !found->empty();
+    if (!found || !found->is_object()) return false;
+    return earlier ? found->contains("previous") : found->size() > (found->contains("previous") ? 1u : 0u);
   };
+  if (const Json* start = find_json(manifest, {"start"}); start && has(*start)) return true;
   if (const Json* teacher = find_json(manifest, {"teacher"}); teacher && has(*teacher)) return true;
   if (const Json* artifact = find_json(manifest, {"artifact"}); artifact && has(*artifact)) return true;
   if (const Json* stages = find_json(manifest, {"stages"})) {
@@ -135,7 +166,7 @@ void report_thin(Json& stage) {
   curve = thin;
 }
 
-Json report_stage(const Json& stage, const Json& teacher, bool tasks, bool texts, const std::string& place) {
+Json report_stage(const Json& stage, const Json& teacher, const ReportKinds& kinds, const std::string& place) {
   Json entry = {{"name", json_get<std::string>(stage, "name", place)}};
   report_copy(stage, entry, {"stage", "key", "reused"});
   const Json& model = report_member(stage, "model", Json::value_t::object, place);
@@ -150,7 +181,7 @@ Json report_stage(const Json& stage, const Json& teacher, bool tasks, bool texts
       if (!find_json(stage, {metric.name})) reasons[metric.name] = reasons.value(metric.name, "this stage makes no model");
     }
   }
-  report_nulls(model, entry, tasks, texts, reasons);
+  report_nulls(model, entry, kinds, reasons);
   if (!teacher.is_null()) report_ratios(teacher, entry);
   entry["predicted"] = report_predictions(report_member(stage, "predicted", Json::value_t::object, place), entry);
   report_copy(stage, entry, {"outputs", "details"});
@@ -180,23 +211,30 @@ void report_curves(const fs::path& file, Json& manifest) {
 
 Json report_from_manifest(const Json& manifest, const std::string& place) {
   if (!manifest.is_object()) throw Error("the manifest is not an object").at(place).given(manifest.type_name());
-  const bool tasks = report_any(manifest, "tasks"), texts = report_any(manifest, "language");
+  const ReportKinds kinds{report_any(manifest, "tasks", false), report_any(manifest, "language", false), report_any(manifest, "tasks", true), report_any(manifest, "language", true)};
   Json report = {{"format", "kompakt report 1"}, {"name", json_get_or<std::string>(manifest, "name", place, "unnamed run")}, {"verdict", ""}};
   report_copy(manifest, report, {"kompakt_version", "seed", "recipe_sha256", "started", "environment", "data"});
 
+  if (const Json* model = find_json(manifest, {"start"})) {
+    Json entry = {{"name", "start"}};
+    report_model(*model, entry, place);
+    report_copy(*model, entry, {"peak_memory_bytes"});
+    report_nulls(*model, entry, kinds, {{"seconds", "the run begins with it"}, {"kl", "it is compared with nothing"}, {"top1_agreement", "it is compared with nothing"}, {"agreement", "it is compared with nothing"}, {"energy_joules", "the run begins with it"}});
+    report["start"] = entry;
+  }
   report["teacher"] = nullptr;
   if (const Json* model = find_json(manifest, {"teacher"})) {
     Json entry = {{"name", "teacher"}};
     report_model(*model, entry, place);
     report_copy(*model, entry, {"peak_memory_bytes", "seconds"});
-    report_nulls(*model, entry, tasks, texts, {{"seconds", "the teacher was given, or is timed under the stage that made it"}, {"kl", "the teacher is its own reference"}, {"top1_agreement", "the teacher is its own reference"}, {"agreement", "the teacher is its own reference"}, {"energy_joules", "the teacher was given, or is timed under the stage that made it"}});
+    report_nulls(*model, entry, kinds, {{"seconds", "the teacher was given, or is timed under the stage that made it"}, {"kl", "the teacher is its own reference"}, {"top1_agreement", "the teacher is its own reference"}, {"agreement", "the teacher is its own reference"}, {"energy_joules", "the teacher was given, or is timed under the stage that made it"}});
     report["teacher"] = entry;
   }
   report["stages"] = Json::array();
   double seconds = 0, cpu = 0, memory = 0;
   bool reused = false;
   for (const Json& stage : report_member(manifest, "stages", Json::value_t::array, place)) {
-    report["stages"].push_back(report_stage(stage, report["teacher"], tasks, texts, place));
+    report["stages"].push_back(report_stage(stage, report["teacher"], kinds, place));
     const Json& entry = report["stages"].back();
     seconds += number_at(entry, "seconds").value_or(0);
     cpu += number_at(entry, "cpu_seconds").value_or(0);
@@ -209,7 +247,7 @@ Json report_from_manifest(const Json& manifest, const std::string& place) {
     report_model(*model, entry, place);
     report_copy(*model, entry, {"peak_memory_bytes"});
     if (seconds > 0) entry["seconds"] = seconds;  // of all stages: what it took to make it
-    report_nulls(*model, entry, tasks, texts, {{"energy_joules", "stated for each stage"}});
+    report_nulls(*model, entry, kinds, {{"energy_joules", "stated for each stage"}});
     if (!report["teacher"].is_null()) report_ratios(report["teacher"], entry);
     report_copy(*model, entry, {"details"});
     report["artifact"] = entry;

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/text.h"
+#include "report/earlier.h"
 #include "report/metrics.h"
 
 namespace kompakt {
@@ -34,6 +35,7 @@ std::string verdict_language(const Json& model, const Json& teacher) {
 
 std::vector<const Json*> model_rows(const Json& report) {
   std::vector<const Json*> rows;
+  if (const Json* start = find_json(report, {"start"}); start && !same_as_teacher(report, *start)) rows.push_back(start);
   if (const Json* teacher = find_json(report, {"teacher"})) rows.push_back(teacher);
   if (const Json* stages = find_json(report, {"stages"})) {
     for (const Json& stage : *stages) rows.push_back(&stage);
@@ -95,9 +97,11 @@ Json regressions(const Json& report) {
   for (const Json& gate : report.at("gates")) {
     if (!gate.value("met", false)) list.push_back(str("gate not met: ", gate.value("text", "")));
   }
-  const Json* teacher = find_json(report, {"teacher"});
+  for (const BeforeAfter& row : before_after(report))
+    if (row.worse) list.push_back(row.sentence);
+  const Json *teacher = find_json(report, {"teacher"}), *start = find_json(report, {"start"});
   for (const Json* row : model_rows(report)) {
-    if (row == teacher) continue;
+    if (row == teacher || row == start) continue;
     const std::string name = row->value("name", "");
     for (const auto& [metric, title] : {std::pair("accuracy", "accuracy"), std::pair("macro_f1", "macro-F1")}) {
       const Json* interval = find_json(*row, {"versus_teacher", (std::string(metric) + "_difference").c_str()});
@@ -126,7 +130,7 @@ std::vector<std::string> not_measured(const Json& report) {
       const Json* reason = find_json(*row, {"nulls", metric.name});
       if (!reason || !reason->is_string()) continue;
       const std::string text = reason->get<std::string>();
-      if (text == no_task_reason || text == no_text_reason || starts_with(text, "the teacher ") || text == "this stage makes no model" || text == "stated for each stage" || (same_as_teacher(report, *row) && metric.needs != Metric::Needs::any)) continue;
+      if (text == no_task_reason || text == no_text_reason || text == no_earlier_reason || starts_with(text, "the teacher ") || text == "this stage makes no model" || text == "stated for each stage" || (same_as_teacher(report, *row) && metric.needs != Metric::Needs::any)) continue;
       const std::string line = str(metric.title, ": ", text);
       auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == line; });
       if (group == groups.end()) group = groups.insert(groups.end(), {line, {}});

@@ -150,6 +150,9 @@ void DataParallel::launch(Bucket& bucket) {
     else place.zero_();
     offset += values_[i].numel();
   }
+  // Everybody gets the sums, though with ZeRO stage 1 an owner alone would do: c10d's Gloo builds reduce-scatter from a copy and an
+  // all-reduce, so it would save nothing between CPUs, and the clipping norm needs all gradients on every rank. NCCL's would save half of the
+  // bytes; it waits for a machine with several GPUs that shows it.
   bucket.pending = ranks_->all_reduce(bucket.flat);
 }
 

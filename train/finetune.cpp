@@ -34,6 +34,20 @@ void finetune_centroids(Transformer& model, std::int64_t per_class, StageContext
   save_state(file, {{"weight", model.classifier.weight}, {"bias", model.classifier.bias}}, Json::object());
 }
 
+// Rows of labels that the model knew come back; those of new ones, which start from class centroids or at zero, get their mean length, so that
+// no side drowns the other.
+void finetune_keep_rows(Transformer& model, const at::Tensor& weight, const at::Tensor& bias) {
+  const at::NoGradGuard no_grad;
+  const std::int64_t known = weight.size(0), all = model.classifier.weight.size(0);
+  const at::Tensor fresh = model.classifier.weight.narrow(0, known, all - known);
+  const double scale = at::linalg_vector_norm(weight.to(at::kDouble), 2, at::IntArrayRef{1}).mean().item<double>() / centroid_scale;
+  fresh.mul_(scale);
+  model.classifier.weight.narrow(0, 0, known).copy_(weight);
+  if (!model.classifier.bias.defined()) return;
+  model.classifier.bias.narrow(0, known, all - known).mul_(scale);
+  model.classifier.bias.narrow(0, 0, known).copy_(bias);
+}
+
 TokenizedExamples finetune_first(const TokenizedExamples& all, std::int64_t per_class) {
   if (per_class == 0) return all;
   TokenizedExamples out;
@@ -94,10 +108,16 @@ TrainResult finetune(Transformer& model, const FinetuneOptions& options, StageCo
   if (data.kind == TaskData::Kind::classification) {
     const bool fits = model.classifier.weight.defined() && model.config().labels == data.labels;
     if (!fits) {
-      if (model.classifier.weight.defined()) log_info(str(context.title, ": the classifier of ", model.config().labels.size(), " labels is replaced by one of ", data.labels.size()));
+      const std::vector<std::string> known = model.classifier.weight.defined() ? model.config().labels : std::vector<std::string>();
+      const bool extends = !known.empty() && known.size() < data.labels.size() && std::equal(known.begin(), known.end(), data.labels.begin());
+      const at::Tensor old_weight = model.classifier.weight, old_bias = model.classifier.bias;
+      if (extends) log_info(str(context.title, ": the classifier of ", known.size(), " labels gets rows for ", data.labels.size() - known.size(), " more"));
+      else if (!known.empty()) log_info(str(context.title, ": the classifier of ", known.size(), " labels is replaced by one of ", data.labels.size()));
       if (model.device() != context.device) model.to(context.device);
-      model.add_classifier(data.labels, options.pooling);
+      model.add_classifier(data.labels, extends ? model.config().pooling : options.pooling);
       if (options.centroid_head) finetune_centroids(model, options.centroid_examples, context);
+      if (extends) finetune_keep_rows(model, old_weight, old_bias);
+      if (context.details && extends) (*context.details)["new_labels"] = std::vector<std::string>(data.labels.begin() + static_cast<std::ptrdiff_t>(known.size()), data.labels.end());
       if (context.details) (*context.details)["head"] = options.centroid_head ? "centroids" : "zero";
       if (options.centroid_head && context.details && !data.dev.ids.empty()) {
         (*context.details)["centroid_dev_accuracy"] = accuracy(model, data.dev, padding_id(data));

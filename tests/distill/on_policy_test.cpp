@@ -285,7 +285,9 @@ TEST_CASE("options of written texts: read, checked, refused where they make no s
   CHECK(contains_all(error_text([&] { read("{on_policy: {prompt_tokens: 0}}"); }), {"lambda: 1"}));
   CHECK(contains_all(error_text([&] { read("{on_policy: {chat: true}}"); }), {"prompt_tokens: 0"}));
   CHECK(contains_all(error_text([&] { read("{objective: [{policy: minillm}]}"); }), {"on_policy"}));
-  CHECK(read("{on_policy: {lambda: 1}, objective: [{logits: reverse_kl}, {policy: minillm}]}").on_policy.lambda == 1);
+  CHECK(read("{on_policy: {lambda: 1, temperature: 1}, objective: [{logits: reverse_kl}, {policy: minillm}]}").on_policy.lambda == 1);
+  CHECK(contains_all(error_text([&] { read("{on_policy: {lambda: 1}, objective: [{logits: reverse_kl}, {policy: minillm}]}"); }), {"policy: minillm", "temperature: 0.9", "temperature: 1"}));
+  CHECK(contains_all(error_text([&] { read("{on_policy: {lambda: 1, temperature: 1, top_p: 0.9}, objective: [{policy: minillm}]}"); }), {"top_p: 0.9"}));
   const TaskData data = tiny_text();
   const TemporaryFolder work;
   DistillOptions options = policy_options(1);

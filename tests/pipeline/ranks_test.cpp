@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/json.h"
+#include "core/random.h"
 #include "core/text.h"
 #include "distributed/collective.h"
 #include "tests/pipeline/tiny.h"
@@ -64,12 +65,15 @@ Ended end_rank(const TinySetting& tiny, const std::string& name, int rank, pid_t
   return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_text(tiny.folder() / str(name, "-", rank, ".err"))};
 }
 
-// All ranks to their end; `kill_rank` >= 0 gets SIGKILL as soon as the first training has saved a state.
-std::vector<Ended> job(const TinySetting& tiny, const std::string& name, int world, int kill_rank = -1, const std::vector<std::string>& more = {}) {
+// All ranks to their end; `kill_rank` >= 0 gets SIGKILL as soon as the first training has saved a state, or after `milliseconds`.
+std::vector<Ended> job(const TinySetting& tiny, const std::string& name, int world, int kill_rank = -1, const std::vector<std::string>& more = {}, int milliseconds = -1) {
   const int port = free_port();
   std::vector<pid_t> children;
   for (int rank = 0; rank < world; ++rank) children.push_back(start_rank(tiny, name, rank, world, port, more));
-  if (kill_rank >= 0) {
+  if (kill_rank >= 0 && milliseconds >= 0) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+    ::kill(children[static_cast<std::size_t>(kill_rank)], SIGKILL);
+  } else if (kill_rank >= 0) {
     const auto saved = [&] {
       std::error_code none;
       for (const auto& entry : fs::recursive_directory_iterator(tiny.out(name), none))
@@ -144,6 +148,13 @@ TEST_CASE("a killed rank is named, and the job goes on from its saved state on t
   CHECK(broken[0].code == 4);
   INFO(broken[0].errors);
   CHECK(contains_all(broken[0].errors, {"rank 0: rank 1 is gone", "--resume"}));
+  // Twice more, both times at a moment and on a rank of chance.
+  const CounterRandom chance(static_cast<std::uint64_t>(::getpid()), "kill");
+  for (std::uint64_t round = 0; round < 2; ++round) {
+    const auto milliseconds = 700 + chance.below(2 * round, 1200), rank = chance.below(2 * round + 1, 2);
+    INFO("killed rank " << rank << " after " << milliseconds << " ms");
+    job(tiny, "broken", 2, static_cast<int>(rank), {}, static_cast<int>(milliseconds));
+  }
   fs::create_directories(tiny.out("alone"));
   fs::copy(tiny.out("broken"), tiny.out("alone"), fs::copy_options::recursive | fs::copy_options::overwrite_existing);
   REQUIRE(all_well(job(tiny, "broken", 2)));
@@ -180,6 +191,15 @@ TEST_CASE("jobs that cannot work end before any compute", "[ranks]") {
   CHECK(ended.code == 2);
   INFO(ended.errors);
   CHECK(contains_all(ended.errors, {"rank 0: ", "rank 1 of 2 did not come"}));
+  // Nobody answers at the address.
+  ::setenv("KOMPAKT_RENDEZVOUS_SECONDS", "1", 1);
+  const pid_t lost = start_rank(tiny, "lost", 1, 2, free_port(), {});
+  const Ended unanswered = end_rank(tiny, "lost", 1, lost);
+  ::unsetenv("KOMPAKT_RENDEZVOUS_SECONDS");
+  CHECK(unanswered.code == 2);
+  INFO(unanswered.errors);
+  CHECK(contains_all(unanswered.errors, {"rank 1: ", "no answer from 127.0.0.1:", "MASTER_ADDR"}));
+  CHECK(!fs::exists(tiny.out("lost") / "01-finetune"));
   // Other data on one rank.
   const int port = free_port();
   const pid_t first = start_rank(tiny, "other", 0, 2, port, {}), second = start_rank(tiny, "other", 1, 2, port, {"--set", "seed=6"});

@@ -74,3 +74,55 @@ TEST_CASE("runs of text: a student with another tokenizer, a student that writes
   CHECK(run("{student: {keep_layers: [0, 2]}, teacher_text: {max_new_tokens: 5, prompt_tokens: 4}, " + steps + "}", "f").code == ExitCode::ok);
   CHECK(contains_all(read_text(path("f") / "metrics.jsonl"), {"\"teacher\"", "cross_entropy"}));
 }
+
+TEST_CASE("runs of text go on from an earlier one: perplexity of the text before and after, in pairs", "[continual]") {
+  const TemporaryFolder folder;
+  const auto path = [&](const char* name) { return folder.path() / name; };
+  write_text_model(path("teacher"), *word_tokenizer(), 2, 1);
+  std::string old, fresh, old_test, fresh_test;
+  for (int i = 0; i < 12; ++i) {
+    old += "the cat sat on the mat and saw the other cat " + std::to_string(i) + "\n", old_test += "the cat saw the mat and the other cat sat " + std::to_string(i * 3) + "\n";
+    fresh += "there that hat sat there a hat and that hat " + std::to_string(i) + "\n", fresh_test += "a hat and that hat there sat " + std::to_string(i * 5) + "\n";
+  }
+  write_text(path("old.txt"), old), write_text(path("new.txt"), fresh), write_text(path("old_test.txt"), old_test), write_text(path("new_test.txt"), fresh_test);
+  const auto run = [&](const std::string& teacher, const std::string& train, const std::string& test, const std::string& more, const char* out, const std::string& gates = "") {
+    write_text(path("recipe.yaml"), "name: text\nseed: 5\nstore: store\nteacher: {path: " + teacher + "}\ndata:\n  train: {files: [" + train + "], format: text, split: line}\n  test: {files: [" + test + "], format: text, max_length: 16}\n" + more +
+                                        "stages:\n  - finetune: {steps: 30, batch_size: 2, sequence_length: 24, learning_rate: 1.0e-2, precision: float32}\n  - evaluate: {latency: false}\n" + gates);
+    return run_recipe(read_recipe(path("recipe.yaml")), {.out = path(out)});
+  };
+  const RunOutcome first = run("teacher", "old.txt", "old_test.txt", "", "a");
+  const std::string previous = "  previous: {files: [old_test.txt], format: text, max_length: 16}\n";
+  const RunOutcome next = run("a", "new.txt", "new_test.txt", previous, "b", "gates: [\"teacher.previous_perplexity <= 1.05 * start.previous_perplexity @ 95%\"]\n");
+  const Json& report = next.report;
+  const auto figure = [&](const char* entry, const char* name) { return report.at(entry).at(name).at("value").get<double>(); };
+  CHECK(figure("start", "previous_perplexity") == Approx(first.report.at("teacher").at("perplexity").at("value").get<double>()).epsilon(1e-12));
+  CHECK(figure("teacher", "perplexity") < 0.5 * figure("start", "perplexity"));
+  const double ratio = report.at("teacher").at("versus_start").at("previous_perplexity_ratio").at("value").get<double>();
+  CHECK(ratio == Approx(figure("teacher", "previous_perplexity") / figure("start", "previous_perplexity")).epsilon(1e-9));
+  CHECK(ratio > 1.1);
+  CHECK(next.code == ExitCode::gate);
+  CHECK(contains_all(report.at("gates").at(0).at("note").get<std::string>(), {"upper 95% bound", "over that of the model at the start"}));
+  CHECK(contains_all(report.at("regressions").dump(), {"perplexity of the task before"}));
+  const RunOutcome mixed = run("a", "new.txt", "new_test.txt", previous + "  rehearsal: {files: [old.txt], format: text, split: line, tokens: 120}\n", "c");
+  CHECK(mixed.report.at("teacher").at("previous_perplexity").at("value").get<double>() < figure("teacher", "previous_perplexity"));
+  CHECK(contains_all(error_text([&] { run("a", "new.txt", "new_test.txt", previous + "  rehearsal: {files: [old.txt], format: text, share: 0.2}\n", "d"); }), {"rehearsal.share", "tokens"}));
+
+  // Nothing to predict, and losses against a teacher after the vocabulary was cut, are refused before any compute.
+  write_text(path("single.txt"), "a\nb\nc\n");
+  CHECK(contains_all(error_text([&] { run("a", "single.txt", "new_test.txt", "", "e"); }), {"nothing to predict", "data set \"train\""}));
+  CHECK_FALSE(std::filesystem::exists(path("e") / "01-finetune"));
+  const auto planned = [&](const std::string& stages) {
+    write_text(path("recipe.yaml"), "name: text\nstore: store\nteacher: {path: a}\ndata:\n  train: {files: [new.txt], format: text, split: line}\n  calibration: {files: [old.txt], format: text, max_length: 16}\nstages:\n  - prune: {vocabulary: {first_ids: 0}}\n  - " + stages + "\n");
+    return error_text([&] {
+      const Recipe recipe = read_recipe(path("recipe.yaml"));
+      predict_stages(recipe, load_data(recipe));
+    });
+  };
+  const std::string steps = "steps: 2, batch_size: 2, sequence_length: 24, precision: float32";
+  for (const std::string& stage : {std::string("prune: {structured: {ffn: 0.5}, criterion: magnitude, recover: {") + steps + "}}", "distill: {" + steps + "}", std::string("quantize: {weights: int8, group: 0, method: rtn, tune: scales}"),
+                                  "quantize: {weights: int8, group: 0, method: qad, " + steps + "}"}) {
+    INFO(stage);
+    CHECK(contains_all(planned(stage), {"not the teacher's any more", "cross_entropy"}));
+  }
+  CHECK(planned("quantize: {weights: int8, group: 0, method: qad, objective: [{labels: cross_entropy}], " + steps + "}").empty());
+}

@@ -67,6 +67,33 @@ TEST_CASE("gates compare figures of artifact, teacher and stages", "[gates]") {
   CHECK(met("totals.seconds == 2min"));
 }
 
+TEST_CASE("gates on the task before take the paired interval against the model at the start", "[gates]") {
+  Json report = gates_report();
+  report["start"] = Json{{"name", "start"}, {"previous_accuracy", {{"value", 0.9}, {"low", 0.85}, {"high", 0.95}}}, {"previous_perplexity", 10.0}};
+  report["teacher"]["previous_accuracy"] = 0.89;
+  report["teacher"]["versus_start"] = Json{{"previous_accuracy_difference", {{"value", -0.01}, {"low", -0.03}, {"high", 0.01}}}};
+  report["artifact"]["previous_accuracy"] = Json{{"value", 0.88}, {"low", 0.8}, {"high", 0.9}};
+  report["artifact"]["previous_perplexity"] = Json{{"value", 10.1}, {"low", 9}, {"high", 11}};
+  report["artifact"]["versus_start"] = Json{{"previous_accuracy_difference", {{"value", -0.02}, {"low", -0.05}, {"high", 0.01}}}, {"previous_perplexity_ratio", {{"value", 1.01}, {"low", 1.0}, {"high", 1.02}}}};
+  const auto judge = [&](const std::string& text) { return evaluate_gates(report, {text}).at(0); };
+  CHECK(judge("previous_accuracy >= start.previous_accuracy - 0.02").met);
+  const GateResult bound = judge("previous_accuracy >= start.previous_accuracy - 0.04 @ 95%");
+  CHECK_FALSE(bound.met);
+  CHECK(*bound.left == -0.05);
+  CHECK(contains_all(bound.note, {"lower 95% bound", "at the start"}));
+  CHECK(judge("previous_accuracy >= start.previous_accuracy - 0.06 @ 95%").met);
+  CHECK(judge("teacher.previous_accuracy >= start.previous_accuracy - 0.04 @ 95%").met);
+  CHECK_FALSE(judge("start.previous_accuracy - 0.02 <= teacher.previous_accuracy @ 95%").met);
+  // Of perplexities the paired ratio: 10.1 against 1.03 * 10, upper bound 1.02 against 1.03.
+  const GateResult ratio = judge("previous_perplexity <= 1.03 * start.previous_perplexity @ 95%");
+  CHECK(ratio.met);
+  CHECK(*ratio.left == 1.02);
+  CHECK(*ratio.right == Approx(1.03));
+  CHECK_FALSE(judge("previous_perplexity <= 1.015 * start.previous_perplexity @ 95%").met);
+  CHECK_FALSE(judge("1.015 * start.previous_perplexity >= previous_perplexity @ 95%").met);
+  CHECK(contains_all(judge("previous_perplexity <= start.previous_perplexity + 1 @ 95%").note, {"compared plainly"}));
+}
+
 TEST_CASE("gates follow the usual precedence", "[gates]") {
   CHECK(met("1 + 2 * 3 == 7"));
   CHECK(met("(1 + 2) * 3 == 9"));

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "core/error.h"
+#include "core/system.h"
 #include "tests/support.h"
 #include "tests/train/fixtures.h"
 #include "tests/train/ranks.h"
@@ -201,6 +202,40 @@ TEST_CASE("a gradient that grows after its bucket has left is sent again") {
     findings.expect(step(false) == 2, "once more");
   });
   CHECK(findings.all().empty());
+}
+
+TEST_CASE("ranks: one that lives and hangs is named, one that gets on is waited for") {
+  if (!collectives_available()) return skip("built without Gloo");
+  ::setenv("KOMPAKT_HANG_SECONDS", "3", 1);
+  std::atomic<bool> over{false};
+  const std::string hung = error_text([&] {
+    on_ranks(3, [&](Collective& ranks) {
+      if (ranks.rank() == 2)
+        for (int i = 0; i < 200 && !over; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(100));  // its heart beats, its work stands
+      try {
+        ranks.from_leader("");  // rank 0 goes on to the gather, rank 1 with it
+        ranks.gather("");
+      } catch (...) {
+        over = true;
+        throw;
+      }
+    });
+  });
+  INFO(hung);
+  CHECK(contains_all(hung, {"rank 2 hangs", "3 s", "--resume"}));
+  Findings findings;
+  on_ranks(2, [&](Collective& ranks) {
+    if (ranks.rank() == 1)
+      for (int i = 0; i < 60; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        check_interrupted();  // as an evaluation does for every batch
+      }
+    findings.expect(ranks.gather("x").size() == 2, "waited");
+  });
+  CHECK(findings.all().empty());
+  ::setenv("KOMPAKT_HANG_SECONDS", "-1", 1);
+  CHECK(contains_all(error_text([&] { on_ranks(2, [](Collective&) {}); }), {"KOMPAKT_HANG_SECONDS", "0 to 86400"}));
+  ::unsetenv("KOMPAKT_HANG_SECONDS");
 }
 
 TEST_CASE("a world size that does not fit the batch is refused with one that does") {
