@@ -117,7 +117,7 @@ TEST_CASE("runs of text go on from an earlier one: perplexity of the text before
     return predict_stages(recipe, load_data(recipe)).size();
   };
   const std::string steps = "steps: 2, batch_size: 2, sequence_length: 24, precision: float32";
-  for (const std::string& stage : {std::string("prune: {structured: {ffn: 0.5, multiple_of: 8}, criterion: magnitude, recover: {") + steps + "}}", "distill: {" + steps + "}", std::string("quantize: {weights: int8, group: 0, method: rtn, tune: scales}"),
+  for (const std::string& stage : {std::string("prune: {structured: {ffn: 0.5}, multiple_of: 8, criterion: magnitude, recover: {") + steps + "}}", "distill: {" + steps + "}", std::string("quantize: {weights: int8, group: 0, method: rtn, tune: scales}"),
                                   "quantize: {weights: int8, group: 0, method: qad, " + steps + "}"}) {
     INFO(stage);
     CHECK(contains_all(error_text([&] { plan(stage); }), {"not the teacher's any more", "cross_entropy"}));
