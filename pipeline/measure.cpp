@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <map>
 #include <numeric>
 
 #include "core/files.h"
@@ -31,11 +33,29 @@ std::vector<double> confidences(const Predictions& predictions) {
   return out;
 }
 
-Json measure_pairs(const Predictions& predictions, const Predictions& other, const std::vector<std::int64_t>& truth, std::int64_t classes) {
+// Labels numbered among those that occur in any of the lists: F1 is averaged over these (scikit-learn's convention), not over labels that a
+// model knows and the data lack.
+struct OccurringLabels {
+  std::vector<std::vector<std::int64_t>> lists;
+  std::int64_t classes = 0;
+  OccurringLabels(std::initializer_list<const std::vector<std::int64_t>*> all) {
+    std::map<std::int64_t, std::int64_t> numbers;
+    for (const auto* list : all)
+      for (const std::int64_t label : *list) numbers[label] = 0;
+    for (auto& [label, number] : numbers) number = classes++;
+    for (const auto* list : all) {
+      lists.emplace_back();
+      for (const std::int64_t label : *list) lists.back().push_back(numbers.at(label));
+    }
+  }
+};
+
+Json measure_pairs(const Predictions& predictions, const Predictions& other, const std::vector<std::int64_t>& truth) {
   const auto& predicted = predictions.labels;
+  const OccurringLabels own{&predicted, &other.labels, &truth};
   const Discordant pairs = discordant(predicted, other.labels, truth);
   return Json{{"accuracy_difference", interval_json(accuracy_difference(predicted, other.labels, truth))},
-              {"macro_f1_difference", interval_json(macro_f1_difference(predicted, other.labels, truth, classes))},
+              {"macro_f1_difference", interval_json(macro_f1_difference(own.lists[0], own.lists[1], own.lists[2], own.classes))},
               {"mcnemar_p", mcnemar_exact(pairs.first_only, pairs.second_only)},
               {"agreement", static_cast<double>(pairs.agree) / static_cast<double>(truth.size())}};
 }
@@ -46,11 +66,12 @@ Json measure_task(const Predictions& predictions, const std::vector<std::int64_t
   const auto& predicted = predictions.labels;
   std::vector<std::int64_t> right(truth.size());
   for (std::size_t i = 0; i < truth.size(); ++i) right[i] = predicted[i] == truth[i];
-  Json task{{"n", truth.size()}, {"accuracy", interval_json(accuracy(predicted, truth))}, {"macro_f1", interval_json(macro_f1_interval(predicted, truth, classes))},
+  const OccurringLabels own{&predicted, &truth};
+  Json task{{"n", truth.size()}, {"accuracy", interval_json(accuracy(predicted, truth))}, {"macro_f1", interval_json(macro_f1_interval(own.lists[0], own.lists[1], own.classes))},
             {"ece", expected_calibration_error(confidences(predictions), right)}};
   const auto scores = class_scores(predicted, truth, classes);
-  if (teacher) task["versus_teacher"] = measure_pairs(predictions, *teacher, truth, classes);
-  if (start) task["versus_start"] = measure_pairs(predictions, *start, truth, classes);
+  if (teacher) task["versus_teacher"] = measure_pairs(predictions, *teacher, truth);
+  if (start) task["versus_start"] = measure_pairs(predictions, *start, truth);
   const Predictions* other = teacher ? teacher : start;
   const auto other_scores = other ? class_scores(other->labels, truth, classes) : std::vector<ClassScore>();
   // The classes that lost most against the other model come first; without one, the weakest.

@@ -76,6 +76,14 @@ TEST_CASE("a run goes on from an artifact: new labels get rows, old and new task
     const double difference = versus.at(str(name, "_difference")).at("value").get<double>();
     CHECK(difference == Approx(figure(report, "artifact", name) - figure(report, "start", name)).margin(1e-12));
   }
+  // F1 is a mean over labels that occur: the old data have three of the four.
+  CHECK(figure(report, "start", "previous_macro_f1") == Approx(figure(setting.first, "artifact", "macro_f1")).margin(1e-12));
+  for (const char* name : {"previous_accuracy", "previous_macro_f1", "accuracy", "macro_f1"}) {
+    INFO(name);
+    const Json& difference = versus.at(str(name, "_difference"));
+    CHECK(difference.at("low").get<double>() <= difference.at("value").get<double>());
+    CHECK(difference.at("high").get<double>() >= difference.at("value").get<double>());
+  }
   const ModelConfig config = load_config(out / "01-finetune");
   CHECK(config.labels == std::vector<std::string>{"card", "rate", "transfer", "account"});
   CHECK(report.at("stages")[0].at("details").at("new_labels") == Json{"account"});
