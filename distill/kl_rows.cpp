@@ -23,8 +23,8 @@ struct KlRow {
 
 template <class R>
 KOMPAKT_LANES_INLINE R kl_largest(const R* row, std::int64_t size) {
-  using Register = typename Lanes<R>::Type;
-  constexpr std::int64_t count = Lanes<R>::count;
+  using Register = typename Registers<R>::Type;
+  constexpr std::int64_t count = Registers<R>::count;
   R top = row[0];
   std::int64_t j = 0;
   if (size >= count) {
@@ -52,8 +52,8 @@ KOMPAKT_LANES_INLINE bool kl_removes(const R* row, std::int64_t size) {
 // NaN comes through d, which the exponentials would swallow.
 template <class R>
 KOMPAKT_LANES_INLINE KlRow kl_row(R* s, R* t, std::int64_t size, bool gradient, R scale) {
-  using Register = typename Lanes<R>::Type;
-  constexpr std::int64_t count = Lanes<R>::count;
+  using Register = typename Registers<R>::Type;
+  constexpr std::int64_t count = Registers<R>::count;
   const R top_s = kl_largest(s, size), top_t = kl_largest(t, size);
   double q = 0, p = 0, qd = 0, pd = 0;
   for (std::int64_t block = 0; block < size; block += kl_block) {

@@ -1,4 +1,5 @@
 // Vector registers by GCC's vector types, for kernels whose sums must have a fixed order: the compiler splits no reduction by itself.
+// Multiplications and additions may fuse, so that last bits are a processor's own; core/lanes.h is for what must be the same everywhere.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,7 @@
 namespace kompakt {
 
 template <class R>
-struct Lanes {
+struct Registers {
   typedef R Type __attribute__((vector_size(32)));
   static constexpr std::int64_t count = 32 / sizeof(R);
 };
@@ -24,8 +25,8 @@ struct Lanes {
 // e^x of a register for x <= 0: 2^n e^r with |r| <= ln(2)/2 (Cephes, relative error below 2e-7). Below the smallest normal
 // number the result stays there, which is nothing beside the largest term of a sum; NaN becomes that number too.
 template <class R>
-KOMPAKT_LANES_INLINE void lanes_exp(typename Lanes<R>::Type& x) {
-  using Register = typename Lanes<R>::Type;
+KOMPAKT_LANES_INLINE void lanes_exp(typename Registers<R>::Type& x) {
+  using Register = typename Registers<R>::Type;
   if constexpr (std::is_same_v<R, float>) {
     typedef std::int32_t Integers __attribute__((vector_size(32)));
     constexpr float magic = 12582912.0f;  // adding it rounds to an integer
@@ -45,14 +46,14 @@ KOMPAKT_LANES_INLINE void lanes_exp(typename Lanes<R>::Type& x) {
     __builtin_memcpy(&power, &exponent, sizeof power);
     x = p * power;
   } else {
-    for (std::int64_t i = 0; i < Lanes<R>::count; ++i) x[i] = std::exp(x[i]);
+    for (std::int64_t i = 0; i < Registers<R>::count; ++i) x[i] = std::exp(x[i]);
   }
 }
 
 template <class R>
-KOMPAKT_LANES_INLINE R lanes_sum(const typename Lanes<R>::Type& x) {
+KOMPAKT_LANES_INLINE R lanes_sum(const typename Registers<R>::Type& x) {
   R total = 0;
-  for (std::int64_t i = 0; i < Lanes<R>::count; ++i) total += x[i];
+  for (std::int64_t i = 0; i < Registers<R>::count; ++i) total += x[i];
   return total;
 }
 

@@ -32,8 +32,8 @@ void pointwise_typed(const Tensor& x, const Work& work) {
 // sum over j of a_j b_j c_j; c null: of a_j b_j.
 template <class R>
 KOMPAKT_LANES_INLINE R pointwise_dot(const R* a, const R* b, const R* c, std::int64_t size) {
-  using Register = typename Lanes<R>::Type;
-  constexpr std::int64_t count = Lanes<R>::count;
+  using Register = typename Registers<R>::Type;
+  constexpr std::int64_t count = Registers<R>::count;
   Register sum[2] = {}, x, y, z;
   std::int64_t j = 0;
   for (int turn = 0; j + count <= size; j += count, turn ^= 1) {
@@ -74,8 +74,8 @@ KOMPAKT_LANES_INLINE void pointwise_norm_back(const R* __restrict x, const R* __
 
 // sigmoid of a register; by reference, because a vector that is returned has another calling convention without AVX.
 template <class R>
-KOMPAKT_LANES_INLINE void pointwise_sigmoid(const typename Lanes<R>::Type& x, typename Lanes<R>::Type& s) {
-  using Register = typename Lanes<R>::Type;
+KOMPAKT_LANES_INLINE void pointwise_sigmoid(const typename Registers<R>::Type& x, typename Registers<R>::Type& s) {
+  using Register = typename Registers<R>::Type;
   const Register zero = {}, one = zero + R(1);
   Register e = x > zero ? -x : x;
   lanes_exp<R>(e);
@@ -85,8 +85,8 @@ KOMPAKT_LANES_INLINE void pointwise_sigmoid(const typename Lanes<R>::Type& x, ty
 // `size` numbers in whole registers; work(register index) sees zeros behind the last number.
 template <class R, int Inputs, int Outputs, class Work>
 KOMPAKT_LANES_INLINE void pointwise_lanes(const R* const (&in)[Inputs], R* const (&out)[Outputs], std::int64_t size, const Work& work) {
-  using Register = typename Lanes<R>::Type;
-  constexpr std::int64_t count = Lanes<R>::count;
+  using Register = typename Registers<R>::Type;
+  constexpr std::int64_t count = Registers<R>::count;
   Register a[Inputs] = {}, b[Outputs];
   std::int64_t j = 0;
   for (; j + count <= size; j += count) {
@@ -103,7 +103,7 @@ KOMPAKT_LANES_INLINE void pointwise_lanes(const R* const (&in)[Inputs], R* const
 
 template <class R>
 KOMPAKT_LANES_INLINE void pointwise_gate(const R* gate, const R* up, R* out, std::int64_t size) {
-  using Register = typename Lanes<R>::Type;
+  using Register = typename Registers<R>::Type;
   pointwise_lanes<R, 2, 1>({gate, up}, {out}, size, [](const Register(&a)[2], Register(&b)[1]) __attribute__((always_inline)) {
     Register s;
     pointwise_sigmoid<R>(a[0], s);
@@ -114,7 +114,7 @@ KOMPAKT_LANES_INLINE void pointwise_gate(const R* gate, const R* up, R* out, std
 // With s = sigmoid(gate): d gate = g up s (1 + gate (1 - s)), d up = g gate s.
 template <class R>
 KOMPAKT_LANES_INLINE void pointwise_gate_back(const R* gate, const R* up, const R* g, R* to_gate, R* to_up, std::int64_t size) {
-  using Register = typename Lanes<R>::Type;
+  using Register = typename Registers<R>::Type;
   pointwise_lanes<R, 3, 2>({gate, up, g}, {to_gate, to_up}, size, [](const Register(&a)[3], Register(&b)[2]) __attribute__((always_inline)) {
     Register s;
     pointwise_sigmoid<R>(a[0], s);

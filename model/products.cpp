@@ -42,7 +42,7 @@ struct ProductTask {
 // c [Rows, 16] (+)= a [Rows, depth] panel [depth, 16].
 template <int Rows>
 KOMPAKT_LANES_INLINE void product_tile(std::int64_t depth, const float* a, std::int64_t a_row, std::int64_t a_column, const float* panel, float* c, std::int64_t c_row, bool add) {
-  using Register = Lanes<float>::Type;
+  using Register = Registers<float>::Type;
   Register sum[Rows][2] = {}, left, right;
   for (std::int64_t d = 0; d < depth; ++d, a += a_column, panel += product_columns) {
     std::memcpy(&left, panel, sizeof left);

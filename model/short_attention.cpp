@@ -32,8 +32,8 @@ struct AttentionHead {
 
 template <class R, int Rows, int Columns>
 KOMPAKT_LANES_INLINE void attention_tile(std::int64_t depth, const R* a, std::int64_t a_row, std::int64_t a_column, const R* b, std::int64_t b_row, R* c, std::int64_t c_row, R scale) {
-  using Register = typename Lanes<R>::Type;
-  constexpr std::int64_t count = Lanes<R>::count;
+  using Register = typename Registers<R>::Type;
+  constexpr std::int64_t count = Registers<R>::count;
   Register sum[Rows][Columns] = {};
   for (std::int64_t d = 0; d < depth; ++d) {
     Register right[Columns];
@@ -66,7 +66,7 @@ KOMPAKT_LANES_INLINE void attention_columns(std::int64_t rows, std::int64_t dept
 // c [rows, columns] = scale a [rows, depth] b [depth, columns]; columns fill whole registers.
 template <class R>
 KOMPAKT_LANES_INLINE void attention_product(std::int64_t rows, std::int64_t columns, std::int64_t depth, const R* a, std::int64_t a_row, std::int64_t a_column, const R* b, std::int64_t b_row, R* c, std::int64_t c_row, R scale) {
-  constexpr std::int64_t count = Lanes<R>::count;
+  constexpr std::int64_t count = Registers<R>::count;
   std::int64_t j = 0;
   for (; j + 2 * count <= columns; j += 2 * count) attention_columns<R, 2>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, scale);
   for (; j < columns; j += count) attention_columns<R, 1>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, scale);
@@ -85,8 +85,8 @@ KOMPAKT_LANES_INLINE void attention_transpose(const AttentionHead<R>& head, cons
 // Scores to probabilities, in place.
 template <class R>
 KOMPAKT_LANES_INLINE void attention_softmax(R* row, std::int64_t keys, std::int64_t tokens, std::int64_t width) {
-  using Register = typename Lanes<R>::Type;
-  constexpr std::int64_t count = Lanes<R>::count;
+  using Register = typename Registers<R>::Type;
+  constexpr std::int64_t count = Registers<R>::count;
   if (keys == 0) {
     for (std::int64_t t = 0; t < tokens; ++t) row[t] = R(1) / static_cast<R>(tokens);
     for (std::int64_t t = tokens; t < width; ++t) row[t] = 0;
@@ -199,7 +199,7 @@ struct ShortAttention : public torch::autograd::Function<ShortAttention> {
 
   static std::pair<at::Tensor, at::Tensor> run(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& lengths, double scale) {
     const at::Tensor q = query.contiguous(), k = key.contiguous(), v = value.contiguous();
-    const std::int64_t lanes = q.scalar_type() == at::kFloat ? Lanes<float>::count : Lanes<double>::count;
+    const std::int64_t lanes = q.scalar_type() == at::kFloat ? Registers<float>::count : Registers<double>::count;
     const at::Tensor out = at::empty_like(q), probabilities = at::empty({q.size(0), q.size(2), q.size(1), (q.size(1) + lanes - 1) / lanes * lanes}, q.options());
     const at::Tensor whole = lengths.defined() ? lengths.contiguous() : lengths;
     const auto into = [&](auto zero, const auto& function) {
@@ -220,7 +220,7 @@ struct ShortAttention : public torch::autograd::Function<ShortAttention> {
 bool fits_short_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   const bool real = q.scalar_type() == at::kFloat || q.scalar_type() == at::kDouble;
   return q.is_cpu() && real && k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() && q.dim() == 4 && q.sizes() == k.sizes() && q.sizes() == v.sizes() &&
-         q.size(3) % Lanes<float>::count == 0 && q.size(1) <= attention_longest && q.numel() > 0;
+         q.size(3) % Registers<float>::count == 0 && q.size(1) <= attention_longest && q.numel() > 0;
 }
 
 at::Tensor short_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& lengths, double scale) {

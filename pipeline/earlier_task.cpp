@@ -40,14 +40,15 @@ std::string model_inside(const fs::path& path) {
   if (!fs::is_directory(path) || fs::exists(path / "config.json")) return "";
   if (fs::exists(path / "model.gguf")) return "/model.gguf";
   if (!fs::exists(path / "manifest.json")) return "";
-  const Json manifest = read_json(path / "manifest.json");
+  const std::string place = (path / "manifest.json").string();
+  const Json manifest = read_json(place);
   std::string inner;
   if (const auto artifact = manifest.find("artifact"); artifact != manifest.end() && artifact->is_object()) {
     inner = "/artifact";
-    if (const std::string format = artifact->value("format", ""); !format.empty() && fs::is_directory(path / "artifact" / format)) inner += "/" + format;
+    if (const std::string format = json_get_or<std::string>(*artifact, "format", place, ""); !format.empty() && fs::is_directory(path / "artifact" / format)) inner += "/" + format;
   } else if (const auto stages = manifest.find("stages"); stages != manifest.end() && stages->is_array()) {
     for (const Json& stage : *stages)
-      if (const std::string name = stage.value("name", ""); fs::exists(path / name / "config.json")) inner = "/" + name;
+      if (const std::string name = json_get_or<std::string>(stage, "name", place, ""); fs::exists(path / name / "config.json")) inner = "/" + name;
   }
   if (inner.empty()) throw Error("the run folder holds no model").at(path.string()).hint("finish that run, or name a folder with config.json and safetensors");
   return inner + model_inside(path.string() + inner);

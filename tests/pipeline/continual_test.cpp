@@ -160,6 +160,11 @@ TEST_CASE("what cannot go on is refused before any compute, with what to do", "[
   fs::create_directories(setting.tiny.folder() / "runs/empty");
   write_text(setting.tiny.folder() / "runs/empty/manifest.json", "{\"stages\": [], \"artifact\": null}");
   CHECK(contains_all(refused("runs/empty", tune), {"holds no model"}));
+  // Another program's manifest, or a damaged one.
+  write_text(setting.tiny.folder() / "runs/empty/manifest.json", "{\"stages\": [1, \"two\", {\"name\": 3}]}");
+  CHECK(contains_all(refused("runs/empty", tune), {"manifest.json", "name"}));
+  write_text(setting.tiny.folder() / "runs/empty/manifest.json", "{\"artifact\": {\"format\": [1]}}");
+  CHECK(contains_all(refused("runs/empty", tune), {"manifest.json", "format"}));
 }
 
 TEST_CASE("rehearsed examples: as many as the share says, the same for the same seed", "[continual]") {
