@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "core/text.h"
+#include "model/causal_attention.h"
 #include "model/families.h"
 #include "model/pointwise.h"
 #include "model/products.h"
@@ -22,6 +23,7 @@ struct Transformer::Context {
   // Additive masks [1 or B,1,1 or T,S], undefined where nothing is masked or where `causal` alone says it.
   at::Tensor mask, mask_local;
   bool causal = false, causal_local = false;
+  bool windowed = false;      // mask_local says nothing but order and distance
   bool plain = false;   // nothing is masked but padding behind the first `lengths` tokens (undefined: no padding)
   at::Tensor lengths;   // [B]
   std::int64_t window = 0;  // of mask_local
@@ -181,6 +183,7 @@ Transformer::Context Transformer::make_context(const ModelInput& input, const at
     const at::Tensor near = backward_only.bitwise_and(distance.lt(context.window));
     context.mask_local = forward_additive_mask(allowed.defined() ? allowed.bitwise_and(near) : near, x);
     context.causal_local = false;
+    context.windowed = context.causal;  // nothing but order and distance
   }
   return context;
 }
@@ -220,8 +223,10 @@ at::Tensor Transformer::attend(std::int64_t layer, const at::Tensor& x, const Co
   }
   const double scale = config_.query_scale > 0 ? config_.query_scale : 1.0 / std::sqrt(static_cast<double>(a.head_dim));
   const std::int64_t group = a.heads / a.kv_heads;
-  const at::Tensor merged = forward_attention(q, forward_repeat_heads(k, group), forward_repeat_heads(v, group), local ? context.mask_local : context.mask,
-                                              local ? context.causal_local : context.causal, context.plain, context.lengths, scale);
+  const bool windowed = local && context.windowed, causal = local ? context.causal_local : context.causal;
+  const at::Tensor merged = (windowed || causal) && fits_causal_attention(q, k, v)
+                                ? causal_attention(q, k, v, scale, windowed ? context.window : 0)
+                                : forward_attention(q, forward_repeat_heads(k, group), forward_repeat_heads(v, group), local ? context.mask_local : context.mask, causal, context.plain, context.lengths, scale);
   const at::Tensor out = a.sub_norm.weight.defined() ? a.sub_norm.forward(merged) : merged;
   forward_offer(taps, layer, "context", out);
   return out;

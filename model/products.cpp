@@ -146,7 +146,7 @@ void product_block(const ProductTask& t, std::int64_t i0, std::int64_t i1, std::
 void product_run(const ProductTask& t) {
   const std::int64_t depth = std::min(t.k, product_depth), most = std::max<std::int64_t>(product_columns, product_packed / depth / product_columns * product_columns);
   const std::int64_t blocks = (t.n + most - 1) / most, columns = ((t.n + blocks - 1) / blocks + product_columns - 1) / product_columns * product_columns;
-  const std::int64_t panels_of_rows = (t.m + product_rows - 1) / product_rows, parts = std::clamp<std::int64_t>(at::get_num_threads(), 1, panels_of_rows);
+  const std::int64_t panels_of_rows = (t.m + product_rows - 1) / product_rows, parts = at::in_parallel_region() ? 1 : std::clamp<std::int64_t>(at::get_num_threads(), 1, panels_of_rows);
   at::parallel_for(0, blocks * parts, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> panels;
     for (std::int64_t i = begin; i < end; ++i) {
