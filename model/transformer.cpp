@@ -229,7 +229,8 @@ void Transformer::to(c10::Device device) {
 }
 
 void Transformer::requires_grad(bool on) {
-  for (NamedParameter& parameter : parameters()) parameter.value->requires_grad_(on);
+  for (NamedParameter& parameter : parameters())
+    if (parameter.value->requires_grad() != on) parameter.value->requires_grad_(on);
 }
 
 std::unique_ptr<Transformer> Transformer::clone() const {

@@ -93,7 +93,7 @@ void probe_quantize(Transformer& model, const BasisChange& change, const TaskDat
   keep_blocks(*first, keep);
   QuantizeOptions options = change.options;
   options.basis = {}, options.embedding = options.head = "none";
-  options.has_block_tune = options.has_tuning = options.has_activations = options.has_kv_cache = false, options.tune = "none";
+  options.has_block_tune = options.has_tuning = options.has_activations = options.has_kv_cache = false, options.tune = "none", options.token_weights = "uniform";
   if (find_quantization_method(options.method)->needs_train) {  // the keys of its training go with it
     options.method = "rtn";
     options.subln = options.has_pretrain = false, options.gradual = 0, options.gradual_schedule = QuantizeOptions().gradual_schedule;

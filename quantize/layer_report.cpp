@@ -55,7 +55,7 @@ void describe_output(Json& row, const GridSpec& spec, const at::Tensor& weight, 
   if (moments.half.defined() && moments.tokens > moments.half_tokens) {
     // The second half is what is left of the whole.
     const at::Tensor half = moments.half.to(at::kCPU);
-    const double share = static_cast<double>(moments.half_tokens) / static_cast<double>(moments.tokens);
+    const double share = moments.half_share;
     const double first_energy = report_energy(fw, half), first_error = report_energy(fe, half);
     row["halves"] = std::abs(relative(first_error, first_energy) - relative(error - share * first_error, energy - share * first_energy));
   }

@@ -11,6 +11,7 @@
 #include "quantize/methods.h"
 #include "quantize/stage.h"
 #include "quantize/tensors.h"
+#include "quantize/token_weights.h"
 
 namespace kompakt {
 namespace {
@@ -63,6 +64,7 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.number("teacher_target", options.teacher_target, "strength of the teacher's activations as target, 0 to 1; 0 = off, trifit takes 0.5 when 0", {.min = 0, .max = 1});
   visitor.integer("polish_rounds", options.polish_rounds, "rounds of scale refit and coordinate descent after the sweep; trifit takes 4 when 0", {.min = 0, .max = 100});
   visitor.integer("calibration_sequences", options.calibration_sequences, "training examples or text windows that the method looks at", {.min = 1});
+  visitor.choice("token_weights", options.token_weights, "how much a calibration token counts in a layer: uniform, or by the squared gradient of the loss at the layer's outputs (one backward pass)", token_weight_names());
   visitor.section("budget", options.has_budget, "a size of the whole file: the grid of every tensor is chosen so that it fits and the predictions change least", [&](FieldVisitor& inner) { fields(inner, options.budget); });
   visitor.section("activations", options.has_activations, "the inputs of quantized linears in blocks are rounded too, as a runtime with integer or FP8 products does", [&](FieldVisitor& inner) { fields(inner, options.activations); });
   visitor.section("kv_cache", options.has_kv_cache, "keys and values are rounded, with calibrated scales per layer", [&](FieldVisitor& inner) { fields(inner, options.kv_cache); });
@@ -109,6 +111,15 @@ void check_grid_training(const QuantizeOptions& options, std::optional<bool> cla
   if (options.has_pretrain && classification.value_or(false)) problems.add(Error("\"pretrain\" predicts the next token, and the run has class labels").at(place).given("data of format classification").allowed("data of format text").hint("leave pretrain out; objective may hold {labels: cross_entropy}"));
 }
 
+void check_token_weights(const ModelConfig& config, const QuantizeOptions& options, Problems& problems) {
+  const TokenWeightRow* row = find_token_weights(options.token_weights);
+  if (!row || row->exponent == 0) return;
+  if (config.family->encoder && !config.is_classifier())
+    problems.add(Error("an encoder without a classifier predicts nothing, so that its tokens have no gradient").at("quantize.token_weights").given(options.token_weights).allowed("uniform").hint("leave the key out"));
+  if (const QuantizationMethod* method = find_quantization_method(options.method); method && !method->needs_calibration)
+    problems.add(Error(str("method ", method->name, " looks at no calibration token")).at("quantize.token_weights").given(str("method: ", options.method)).allowed("method: gptq, trifit or imatrix").hint("leave the key out"));
+}
+
 void check_method_keys(const QuantizeOptions& options, Problems& problems) {
   if (options.method != "imatrix") return;
   const QuantizeOptions plain;
@@ -142,6 +153,7 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
   check_tuning(config, options, problems);
   check_activations(config, options, problems);
   check_method_keys(options, problems);
+  check_token_weights(config, options, problems);
   problems.throw_if_any("the quantize stage cannot be planned");
 
   Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));

@@ -264,7 +264,10 @@ class SensitivityPass {
       }
     }
     states_.pop_back();
-    for (std::size_t i = 0; i < linears.size(); ++i) score(*linears[i], inputs[i], gradients[i]);
+    for (std::size_t i = 0; i < linears.size(); ++i) {
+      if (request_.visit) request_.visit(*linears[i], inputs[i], gradients[i]);
+      score(*linears[i], inputs[i], gradients[i]);
+    }
   }
 
   // Every token gets a row of its own, so that the gradient of the row is that of the token.

@@ -38,6 +38,9 @@ struct SensitivityRequest {
   bool split = false;  // errors are fitted on the first half of the batches and scored on the second (for methods that use data)
   std::uint64_t seed = 0;
   std::function<void(std::int64_t done)> progress;  // matrices
+  // Sees every linear of the blocks, from the last block to the first: inputs [n,K] and gradients of the outputs [n,N] of the real
+  // tokens, a tensor a batch.
+  std::function<void(const Linear& linear, const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& gradients)> visit;
 };
 
 struct TensorSensitivity {

@@ -27,6 +27,7 @@
 #include "quantize/records.h"
 #include "quantize/sub_norms.h"
 #include "quantize/tensors.h"
+#include "quantize/token_weights.h"
 #include "train/calibration.h"
 #include "train/loop.h"
 #include "train/teacher.h"
@@ -146,6 +147,7 @@ class QuantizeRun {
   void calibrate() {
     const CalibrationSet set = calibration_set(context_, options_.calibration_sequences);
     describe_calibration(set);
+    if (const TokenWeightRow& row = *find_token_weights(options_.token_weights); row.exponent > 0) weigh_tokens(set, row);
     SequentialCalibration calibration(model_, set, {.teacher = layer_options_.teacher_target > 0 || options_.tunes_blocks(), .cross = layer_options_.teacher_target > 0, .float64 = layer_options_.float64, .spill = options_.spill ? context_.work : std::filesystem::path()});
     round_tensors(false);
     calibration.start();
@@ -188,6 +190,15 @@ class QuantizeRun {
       (*context_.details)["calibration"] = Json{{"sequences", set.sequences}, {"tokens", set.tokens}, {"sha256", set.hash}, {"tokens_per_input", static_cast<double>(set.tokens) / static_cast<double>(std::max<std::int64_t>(1, widest))}};
   }
 
+  void weigh_tokens(const CalibrationSet& set, const TokenWeightRow& row) {
+    log_info(str(context_.title, ": weighs ", set.tokens, " calibration tokens by one backward pass"));
+    const auto start = std::chrono::steady_clock::now();
+    token_weights_ = kept_token_weights(model_, set, row, context_, identity(set));
+    double least = static_cast<double>(set.tokens);
+    for (const auto& [name, weights] : token_weights_) least = std::min(least, effective_tokens(weights));
+    if (context_.details) (*context_.details)["calibration"]["token_weights"] = Json{{"by", options_.token_weights}, {"least_effective_tokens", least}, {"seconds", seconds_since(start)}};
+  }
+
   // What the blocks' results depend on beside the model, which the work folder stands for.
   Json identity(const CalibrationSet& set) const {
     QuantizeOptions options = options_;
@@ -203,12 +214,23 @@ class QuantizeRun {
       return;
     }
     auto start = std::chrono::steady_clock::now();  // the first linear carries the time of the moments
-    SecondMoments moments = calibration.moments(layer, part, original);
+    // One for all linears of the part, or one each where their tokens count differently.
+    std::vector<const std::vector<at::Tensor>*> weights;
+    if (token_weights_.empty()) weights.push_back(nullptr);
+    else
+      for (const Linear* linear : linears) weights.push_back(&token_weights_.at(linear->name));
+    std::vector<SecondMoments> all_moments = calibration.moments(layer, part, original, weights);
     const bool correct_bias = options_.bias_correction && std::all_of(linears.begin(), linears.end(), [](const Linear* linear) { return linear->bias.defined(); });
-    if (correct_bias) subtract_means(moments);
-    const auto factors = std::make_shared<InputFactors>();
-    for (Linear* linear : linears) {
+    std::vector<std::shared_ptr<InputFactors>> all_factors;
+    for (SecondMoments& moments : all_moments) {
+      if (correct_bias) subtract_means(moments);
+      all_factors.push_back(std::make_shared<InputFactors>());
+    }
+    for (std::size_t i = 0; i < linears.size(); ++i) {
       check_interrupted();
+      Linear* linear = linears[i];
+      const SecondMoments& moments = all_moments[std::min(i, all_moments.size() - 1)];
+      const auto& factors = all_factors[std::min(i, all_factors.size() - 1)];
       const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors, mask_of(linear->name)};
       const GridSpec& spec = result_.plan.tensors.at(linear->name);
       LayerResult layer_result;
@@ -342,6 +364,7 @@ class QuantizeRun {
   std::chrono::steady_clock::time_point started_;
   LayerOptions layer_options_;
   QuantizedModel result_;
+  TokenWeights token_weights_;  // by linear; empty = uniform
   Progress* progress_ = nullptr;
   std::unique_ptr<TeacherSource> own_teacher_;
   Json layers_ = Json::array(), tuning_;

@@ -66,6 +66,7 @@ struct QuantizeOptions {
   double teacher_target = 0;        // alpha of the teacher-activation target; 0 = off
   std::int64_t polish_rounds = 0;   // refit + coordinate descent
   std::int64_t calibration_sequences = 128;
+  std::string token_weights = "uniform";    // row of the table of token weights (quantize/token_weights.h)
   std::string sweep_precision = "float32";  // of moments, factorization and sweep: float32 | float64
   bool bias_correction = true;              // a bias takes the mean error of its layer's outputs
   bool spill = false;                       // activations of the calibration set in the working folder instead of in memory
@@ -98,6 +99,8 @@ struct QuantizationPlan {
 void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
 // Keys that the method would not use.
 void check_method_keys(const QuantizeOptions& options, Problems& problems);
+// Weights of tokens that the model has no gradient for, or that the method does not look at.
+void check_token_weights(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
 // Keys of a training on the grid that the method, the data or each other do not allow. `classification`: whether the run has class
 // labels, where that is known.
 void check_grid_training(const QuantizeOptions& options, std::optional<bool> classification, const std::string& place, Problems& problems);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 
 #include "core/error.h"
 #include "core/hash.h"
@@ -231,12 +232,18 @@ at::Tensor SequentialCalibration::part_inputs(const Stream& stream, std::int64_t
 }
 
 SecondMoments SequentialCalibration::moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original) {
+  return moments(layer, part, original, {nullptr}).front();
+}
+
+std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original, const std::vector<const std::vector<at::Tensor>*>& weights) {
   at::NoGradGuard no_grad;
   TORCH_CHECK(!teacher_ahead_, "the teacher has left the block");
   compute(quantized_, layer, static_cast<int>(part));
   const bool cross = has_teacher() && options_.cross;
   if (cross) compute_teacher(layer, static_cast<int>(part), original);
-  SecondMoments out;
+  std::vector<SecondMoments> moments(weights.size());
+  std::vector<double> weight_seen(weights.size(), 0.0);
+  std::int64_t seen = 0;
   const std::size_t batches = set_.inputs.size();
   const auto rows_of = [&](std::size_t b) { return set_.valid[b].defined() ? set_.valid[b].size(0) : set_.inputs[b].ids.numel(); };
   // Chunks of batches; one ends where half of the tokens have been seen.
@@ -244,34 +251,46 @@ SecondMoments SequentialCalibration::moments(std::int64_t layer, BlockPart part,
     check_interrupted();
     std::size_t end = first;
     std::int64_t count = 0;
-    const std::int64_t seen = out.tokens, half = set_.tokens / 2;
+    const std::int64_t half = set_.tokens / 2;
     while (end < batches && count < hessian_chunk_tokens && (seen >= half || seen + count < half)) count += rows_of(end++);
-    const at::Tensor x = part_inputs(quantized_, layer, part, first, end);
-    if (options_.squares_only) {
-      const at::Tensor sum = x.square().sum(0, false, at::kDouble);
-      out.square = out.square.defined() ? out.square + sum : sum;
-      out.tokens += count, first = end;
-      continue;
+    const at::Tensor x = part_inputs(quantized_, layer, part, first, end), teacher = cross ? part_inputs(teacher_, layer, part, first, end) : at::Tensor();
+    seen += count;
+    for (std::size_t k = 0; k < weights.size(); ++k) {
+      SecondMoments& out = moments[k];
+      const at::Tensor weight = weights[k] ? at::cat(std::vector<at::Tensor>(weights[k]->begin() + static_cast<std::ptrdiff_t>(first), weights[k]->begin() + static_cast<std::ptrdiff_t>(end))).to(x.options()).unsqueeze(1) : at::Tensor();
+      out.tokens += count;
+      if (options_.squares_only) {
+        const at::Tensor square = x.square(), sum = (weight.defined() ? square * weight : square).sum(0, false, at::kDouble);
+        out.square = out.square.defined() ? out.square + sum : sum;
+        weight_seen[k] += weight.defined() ? weight.sum(at::kDouble).item<double>() : static_cast<double>(count);
+        continue;
+      }
+      const double before = weight_seen[k], whole = before + (weight.defined() ? weight.sum(at::kDouble).item<double>() : static_cast<double>(count));
+      const double keep = whole > 0 ? before / whole : 1, add = whole > 0 ? 1 / whole : 0;
+      weight_seen[k] = whole;
+      // Rows weighted on one side of every product.
+      const at::Tensor left = weight.defined() ? x * weight : x;
+      const auto mean = [&](at::Tensor& value, const at::Tensor& rows) {
+        const at::Tensor sum = rows.sum(0, false, at::kDouble) * add;
+        value = value.defined() ? value * keep + sum : sum;
+      };
+      add_product(out.hessian, left, x, true, keep, add);
+      mean(out.mean, left);
+      if (cross) {
+        add_product(out.cross, teacher, left, false, keep, add);
+        mean(out.teacher_mean, weight.defined() ? teacher * weight : teacher);
+      }
+      if (!out.half.defined() && seen >= half && end < batches) out.half = hessian_mirrored(out.hessian), out.half_mean = out.mean, out.half_tokens = seen, out.half_share = whole;
     }
-    const double whole = static_cast<double>(std::max<std::int64_t>(1, seen + count)), keep = static_cast<double>(seen) / whole, add = 1 / whole;
-    const auto mean = [&](at::Tensor& value, const at::Tensor& rows) {
-      const at::Tensor sum = rows.sum(0, false, at::kDouble) * add;
-      value = value.defined() ? value * keep + sum : sum;
-    };
-    add_product(out.hessian, x, x, true, keep, add);
-    mean(out.mean, x);
-    if (cross) {
-      const at::Tensor teacher = part_inputs(teacher_, layer, part, first, end);
-      add_product(out.cross, teacher, x, false, keep, add);
-      mean(out.teacher_mean, teacher);
-    }
-    out.tokens += count;
-    if (!out.half.defined() && out.tokens >= half && end < batches) out.half = hessian_mirrored(out.hessian), out.half_mean = out.mean, out.half_tokens = out.tokens;
     first = end;
   }
-  if (options_.squares_only) out.square.div_(static_cast<double>(std::max<std::int64_t>(1, out.tokens)));
-  else out.hessian = hessian_mirrored(out.hessian);
-  return out;
+  for (std::size_t k = 0; k < weights.size(); ++k) {
+    SecondMoments& out = moments[k];
+    out.half_share = weight_seen[k] > 0 ? out.half_share / weight_seen[k] : 0;
+    if (options_.squares_only) out.square.div_(std::max(weight_seen[k], std::numeric_limits<double>::min()));
+    else out.hessian = hessian_mirrored(out.hessian);
+  }
+  return moments;
 }
 
 void SequentialCalibration::advance_teacher(std::int64_t layer, const std::map<std::string, at::Tensor>& original) {

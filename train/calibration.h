@@ -53,6 +53,7 @@ struct SecondMoments {
   at::Tensor mean, half_mean;     // [K] float64 E[x], and of the first half
   at::Tensor teacher_mean;        // [K] float64 E[x~], likewise
   std::int64_t tokens = 0, half_tokens = 0;
+  double half_share = 0;          // of the first half in the weights of all tokens
 };
 // Covariances instead: E[x x^T] - E[x] E[x]^T and so on. What a layer with a bias minimises, when the bias takes the rest.
 void subtract_means(SecondMoments& moments);
@@ -78,6 +79,8 @@ class SequentialCalibration {
   // their order, any may be left out. `original` are the teacher's parameters of the block by name, put in place for
   // its pass; names that it lacks keep the present value.
   SecondMoments moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original);
+  // The same with weighted tokens, E[w x x^T] / E[w] and so on, for several weights at once: of each, a tensor [tokens] a batch.
+  std::vector<SecondMoments> moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original, const std::vector<const std::vector<at::Tensor>*>& weights);
   // The teacher alone moves on behind the block: its output is then what the quantized block is compared with.
   void advance_teacher(std::int64_t layer, const std::map<std::string, at::Tensor>& original);
   // Weights of the block were changed after its moments were taken: it is computed anew from its input.

@@ -1,0 +1,108 @@
+#include "quantize/token_weights.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <cmath>
+#include <filesystem>
+
+#include "core/random.h"
+#include "core/text.h"
+#include "quantize/sensitivity.h"
+#include "train/state.h"
+
+namespace kompakt {
+namespace {
+
+constexpr TokenWeightRow token_weight_rows[] = {
+    {"uniform", "every token counts the same", 0},
+    {"gradient_norm", "a token counts by the norm of the loss's gradient at the layer's outputs", 0.5},
+    {"fisher", "a token counts by the square of that norm", 1},
+};
+
+// Mean 1 over all tokens.
+at::Tensor weights_scaled(const at::Tensor& squares, double exponent) {
+  const at::Tensor powers = squares.to(at::kDouble).pow(exponent);
+  const double mean = powers.mean().item<double>();
+  return mean > 0 && std::isfinite(mean) ? (powers / mean).to(at::kFloat) : at::ones_like(squares);
+}
+
+std::int64_t batch_tokens(const CalibrationSet& set, std::size_t b) { return set.valid[b].defined() ? set.valid[b].numel() : set.inputs[b].ids.numel(); }
+
+std::vector<at::Tensor> weights_by_batch(const at::Tensor& all, const CalibrationSet& set) {
+  std::vector<at::Tensor> out;
+  std::int64_t first = 0;
+  for (std::size_t b = 0; b < set.inputs.size(); ++b) {
+    const std::int64_t count = batch_tokens(set, b);
+    out.push_back(all.slice(0, first, first + count));
+    first += count;
+  }
+  return out;
+}
+
+}  // namespace
+
+const TokenWeightRow* find_token_weights(std::string_view name) {
+  for (const TokenWeightRow& row : token_weight_rows)
+    if (row.name == name) return &row;
+  return nullptr;
+}
+
+std::vector<std::string> token_weight_names() {
+  std::vector<std::string> names;
+  for (const TokenWeightRow& row : token_weight_rows) names.emplace_back(row.name);
+  return names;
+}
+
+TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed) {
+  model.requires_grad(false);
+  // Made before everything else: small results left between large activations would keep the allocator from using their places again.
+  std::map<std::string, at::Tensor> squares;
+  for (const Linear* linear : model.linears()) squares[linear->name] = at::zeros({set.tokens}, at::TensorOptions().device(model.device()));
+  std::vector<std::int64_t> first = {0};
+  for (std::size_t b = 0; b < set.inputs.size(); ++b) first.push_back(first.back() + batch_tokens(set, b));
+  for_each_batch(model.device(), set.inputs.size(), [&](std::size_t b) {
+    CalibrationSet one;
+    one.inputs = {set.inputs[b]}, one.valid = {set.valid[b]};
+    one.sequences = set.inputs[b].ids.size(0), one.tokens = batch_tokens(set, b);
+    SensitivityRequest request;
+    request.seed = CounterRandom(seed, str("token-weights/", b)).key();
+    request.visit = [&](const Linear& linear, const std::vector<at::Tensor>&, const std::vector<at::Tensor>& gradients) {
+      const at::NoGradGuard no_grad;
+      squares.at(linear.name).narrow(0, first[b], one.tokens).copy_(gradients.front().square().mean(1));
+    };
+    measure_sensitivities(model, one, request);
+  });
+  TokenWeights out;
+  for (const auto& [name, all] : squares) out[name] = weights_by_batch(weights_scaled(all, row.exponent), set);
+  return out;
+}
+
+TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, const Json& identity) {
+  const std::filesystem::path file = context.work / "token-weights.safetensors";
+  const bool keeps = !context.work.empty();
+  if (keeps && context.resume && std::filesystem::exists(file)) {
+    check_identity(read_state_json(file).at("identity"), identity, file);
+    NamedTensors saved;
+    for (const Linear* linear : model.linears()) saved.emplace_back(linear->name, at::empty({set.tokens}));
+    load_state(file, saved);
+    TokenWeights out;
+    for (const auto& [name, value] : saved) out[name] = weights_by_batch(value.to(model.device()), set);
+    return out;
+  }
+  TokenWeights weights = token_weights(model, set, row, context.seed);
+  if (keeps) {
+    NamedTensors values;
+    for (const auto& [name, batches] : weights) values.emplace_back(name, at::cat(batches));
+    save_state(file, values, Json{{"identity", identity}});
+  }
+  return weights;
+}
+
+double effective_tokens(const std::vector<at::Tensor>& weights) {
+  double sum = 0, squares = 0;
+  for (const at::Tensor& w : weights) sum += w.sum(at::kDouble).item<double>(), squares += w.to(at::kDouble).square().sum().item<double>();
+  return squares > 0 ? sum * sum / squares : 0;
+}
+
+}  // namespace kompakt

@@ -1,0 +1,43 @@
+// How much a calibration token counts for a linear layer. All the same is what GPTQ minimises: the error of the outputs, summed
+// over tokens. Weighted by the squared norm of the loss's gradient with respect to the layer's outputs there (Fisher information;
+// GuidedQuant, Kim et al. 2025, with one group of outputs a layer), tokens whose outputs hardly change the predictions, such as
+// the first of a text with its enormous activations, no longer decide about the codes. But these squares have heavy tails: 16,384
+// tokens of a 135M-parameter decoder were worth as few as 33 for one of its layers. The norm itself lies between.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/json.h"
+#include "train/calibration.h"
+#include "train/context.h"
+
+namespace kompakt {
+
+struct TokenWeightRow {
+  std::string_view name, summary;
+  double exponent;  // of the squared norm; 0 = needs no gradient
+};
+const TokenWeightRow* find_token_weights(std::string_view name);
+std::vector<std::string> token_weight_names();
+
+// Of every linear in blocks by name: per batch of the set, [real tokens] float32, with mean 1 over all tokens (all 1 where no
+// gradient arrives).
+using TokenWeights = std::map<std::string, std::vector<at::Tensor>>;
+
+// For labels drawn from the model's own predictions. One forward and one backward pass through every block, batches beside each
+// other; memory: tokens of a batch x hidden x layers floats a thread. The same bits for any number of threads. `model` holds its
+// float weights; a decoder or a classifier.
+TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed);
+
+// The same, kept in `context.work` for a run that is killed and goes on. `identity`: as for the records of blocks.
+TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, const Json& identity);
+
+// Tokens that would have the same sampling error with equal weights: (sum w)^2 / sum w^2.
+double effective_tokens(const std::vector<at::Tensor>& weights);
+
+}  // namespace kompakt

@@ -1,0 +1,193 @@
+// Weights of calibration tokens: equal to gradients of one whole graph, in the moments, kept for a killed run, refused where they say nothing.
+#include "quantize/token_weights.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+
+#include "core/error.h"
+#include "core/files.h"
+#include "core/random.h"
+#include "core/text.h"
+#include "quantize/stage.h"
+#include "tests/catch_torch.h"
+#include "tests/support.h"
+#include "tests/tiny_models.h"
+
+namespace kompakt {
+namespace {
+
+using testing::contains_all;
+using testing::error_text;
+using testing::tiny_decoder;
+using testing::tiny_encoder;
+
+TaskData weight_text(std::int64_t windows, std::int64_t length) {
+  TaskData data;
+  data.kind = TaskData::Kind::text;
+  const CounterRandom random(9, "text");
+  for (std::int64_t w = 0; w < windows; ++w) {
+    data.calibration.emplace_back();
+    for (std::int64_t t = 0; t < length; ++t) data.calibration.back().push_back(static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(w * length + t), 50)));
+  }
+  return data;
+}
+
+StageContext weight_context(const TaskData& data) {
+  StageContext context;
+  context.data = &data, context.title = "quantize", context.seed = 2;
+  return context;
+}
+
+class OutputTaps final : public TapSink {
+ public:
+  bool wants(const std::string& name) const override { return name.rfind("output:", 0) == 0; }
+  void put(const std::string& name, const at::Tensor& value) override {
+    value.retain_grad();
+    values[name] = value;
+  }
+  std::map<std::string, at::Tensor> values;
+};
+
+const TokenWeightRow& row(const char* name) { return *find_token_weights(name); }
+
+bool equal(const TokenWeights& a, const TokenWeights& b) {
+  if (a.size() != b.size()) return false;
+  for (const auto& [name, batches] : a)
+    for (std::size_t i = 0; i < batches.size(); ++i)
+      if (!at::equal(batches[i], b.at(name).at(i))) return false;
+  return true;
+}
+
+}  // namespace
+
+TEST_CASE("token weights are the squared gradients of one graph, with mean 1", "[quantize][token_weights]") {
+  auto model = tiny_decoder(7, true);
+  const TaskData data = weight_text(3, 300);  // a batch each
+  const CalibrationSet set = calibration_set(weight_context(data), 3);
+  REQUIRE(set.inputs.size() == 3);
+  const TokenWeights fisher = token_weights(*model, set, row("fisher"), 5), norms = token_weights(*model, set, row("gradient_norm"), 5);
+  std::map<std::string, std::vector<at::Tensor>> expected;
+  for (std::size_t b = 0; b < 3; ++b) {
+    model->requires_grad(true);
+    OutputTaps taps;
+    const at::Tensor logits = model->forward(set.inputs[b], &taps).view({-1, 50});
+    const CounterRandom random(CounterRandom(5, str("token-weights/", b)).key(), "fisher-labels");
+    const at::Tensor running = at::softmax(logits.detach(), -1).cumsum(1, at::kDouble), labels = at::empty({300}, at::kLong);
+    for (std::int64_t t = 0; t < 300; ++t) labels[t] = running[t].le(random.uniform(static_cast<std::uint64_t>(t)) * (1 - 1e-5)).sum();
+    at::nll_loss(at::log_softmax(logits, -1), labels, {}, at::Reduction::Sum).backward();
+    for (const Linear* linear : model->linears()) expected[linear->name].push_back(taps.values.at("output:" + linear->name).grad().reshape({300, -1}).square().sum(1));
+    model->requires_grad(false);
+  }
+  REQUIRE(fisher.size() == model->linears().size());
+  for (const auto& [name, batches] : expected) {
+    INFO(name);
+    const at::Tensor all = at::cat(batches), found = at::cat(fisher.at(name)), norm = at::cat(norms.at(name));
+    CHECK(at::allclose(found, all / all.mean(), 2e-3, 1e-5));
+    CHECK(found.mean(at::kDouble).item<double>() == Approx(1).epsilon(1e-6));
+    CHECK(at::allclose(norm, all.sqrt() / all.sqrt().mean(), 2e-3, 1e-4));
+    // The heavier tail is worth fewer tokens.
+    CHECK(effective_tokens(fisher.at(name)) < effective_tokens(norms.at(name)));
+    CHECK(effective_tokens(norms.at(name)) < 900);
+  }
+}
+
+TEST_CASE("token weights without any gradient, of other seeds, and on one and two threads", "[quantize][token_weights]") {
+  CHECK(effective_tokens({at::ones({7}), at::ones({5})}) == Approx(12));
+  CHECK(effective_tokens({at::tensor({1.0f, 0.0f, 0.0f})}) == Approx(1));
+  CHECK(effective_tokens({}) == 0);
+  auto model = tiny_decoder(7, false);
+  const TaskData data = weight_text(5, 300);
+  const CalibrationSet set = calibration_set(weight_context(data), 5);
+  const int before = at::get_num_threads();
+  std::vector<TokenWeights> runs;
+  for (const int threads : {1, 2}) {
+    at::set_num_threads(threads);
+    runs.push_back(token_weights(*model, set, row("gradient_norm"), 1));
+  }
+  at::set_num_threads(before);
+  CHECK(equal(runs[0], runs[1]));
+  CHECK_FALSE(equal(runs[0], token_weights(*model, set, row("gradient_norm"), 2)));
+  model->lm_head.weight.zero_();
+  for (const auto& [name, batches] : token_weights(*model, set, row("fisher"), 1)) CHECK(at::equal(at::cat(batches), at::ones({1500})));
+}
+
+TEST_CASE("weighted moments", "[quantize][token_weights]") {
+  at::NoGradGuard no_grad;
+  auto model = tiny_decoder(7, true);
+  const TaskData data = weight_text(3, 300);
+  const CalibrationSet set = calibration_set(weight_context(data), 3);
+  SequentialCalibration calibration(*model, set, {.teacher = true});
+  calibration.start();
+  const std::string name = model->blocks[0].attention.query.name;
+  std::vector<at::Tensor> inputs, weights, ones;
+  for (std::size_t b = 0; b < 3; ++b) {
+    TapMap taps({"input:" + name});
+    model->forward(set.inputs[b], &taps);
+    inputs.push_back(taps.at("input:" + name).reshape({300, -1}).to(at::kDouble));
+    weights.push_back(at::rand({300}).square()), ones.push_back(at::ones({300}));
+  }
+  const at::Tensor x = at::cat(inputs), w = at::cat(weights).to(at::kDouble).unsqueeze(1);
+  const auto close = [](const at::Tensor& a, const at::Tensor& b) { return (a.to(at::kDouble) - b).norm().item<double>() <= 1e-5 * b.norm().item<double>(); };
+  const auto found = calibration.moments(0, BlockPart::attention, {}, {&weights, nullptr, &ones});
+  REQUIRE(found.size() == 3);
+  CHECK(close(found[0].hessian, at::matmul((x * w).t(), x) / w.sum()));
+  CHECK(close(found[0].cross, at::matmul((x * w).t(), x) / w.sum()));
+  CHECK(close(found[0].mean, (x * w).sum(0) / w.sum()));
+  CHECK(close(found[0].teacher_mean, (x * w).sum(0) / w.sum()));
+  CHECK(at::equal(found[0].hessian, found[0].hessian.t()));
+  const std::int64_t half = found[0].half_tokens;
+  CHECK(found[0].half_share == Approx((w.slice(0, 0, half).sum() / w.sum()).item<double>()));
+  CHECK(close(found[0].half, at::matmul((x * w).slice(0, 0, half).t(), x.slice(0, 0, half)) / w.slice(0, 0, half).sum()));
+  // Equal weights are no weights.
+  CHECK(at::equal(found[1].hessian, found[2].hessian));
+  CHECK(at::equal(found[1].cross, found[2].cross));
+  CHECK(found[1].half_share == Approx(static_cast<double>(half) / 900));
+}
+
+TEST_CASE("token weights in the stage: kept for a killed run, told in the report, refused where they say nothing", "[quantize][token_weights]") {
+  const TaskData data = weight_text(4, 200);
+  const auto original = tiny_decoder(7, true);
+  QuantizeOptions options;
+  options.weights = "ternary", options.group = 8, options.method = "trifit", options.embedding = "none";
+  const auto codes = [&](const char* weights, StageContext& context) {
+    auto model = original->clone();
+    options.token_weights = weights;
+    Json details = Json::object();
+    context.details = &details;
+    const QuantizedModel result = quantize(*model, options, {}, context);
+    CHECK(details.at("calibration").contains("token_weights") == (std::string(weights) != "uniform"));
+    if (details.at("calibration").contains("token_weights")) CHECK(details.at("calibration").at("token_weights").at("least_effective_tokens").get<double>() < 800);
+    const TemporaryFolder folder;
+    save_quantized(result, folder.path());
+    return read_text(folder.path() / "quantization.safetensors");
+  };
+  StageContext plain = weight_context(data);
+  const std::string uniform = codes("uniform", plain), norm = codes("gradient_norm", plain), fisher = codes("fisher", plain);
+  CHECK((uniform != norm && norm != fisher && uniform != fisher));
+
+  const TemporaryFolder work;
+  StageContext context = weight_context(data);
+  context.work = work.path();
+  CHECK((codes("gradient_norm", context) == norm));
+  const std::filesystem::path file = work.path() / "token-weights.safetensors";
+  REQUIRE(std::filesystem::exists(file));
+  for (const auto& entry : std::filesystem::directory_iterator(work.path()))
+    if (entry.path() != file) std::filesystem::remove_all(entry.path());
+  context.resume = true;
+  const auto time = std::filesystem::last_write_time(file);
+  CHECK((codes("gradient_norm", context) == norm));
+  CHECK(std::filesystem::last_write_time(file) == time);  // read, not made again
+  CHECK(contains_all(error_text([&] { codes("fisher", context); }), {"another run", "options"}));
+
+  options.method = "rtn";
+  CHECK(contains_all(error_text([&] { plan_quantization(original->config(), options); }), {"quantize.token_weights", "method rtn looks at no calibration token"}));
+  options.method = "trifit";
+  ModelConfig encoder = tiny_encoder(3)->config();
+  CHECK(plan_quantization(encoder, options).tensors.size() > 0);  // a classifier has predictions
+  encoder.labels.clear();
+  REQUIRE_FALSE(encoder.is_classifier());
+  CHECK(contains_all(error_text([&] { plan_quantization(encoder, options); }), {"quantize.token_weights", "an encoder without a classifier"}));
+}
+
+}  // namespace kompakt
