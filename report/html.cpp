@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/text.h"
+#include "report/calibration.h"
 #include "report/gates.h"
 #include "report/html.h"
 #include "report/masked_size.h"
@@ -187,7 +188,7 @@ std::string report_html(const Json& report) {
   return str("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
              "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n<title>",
              page_text(report.at("name")), " – kompakt report</title>\n<style>", html_style(), "</style></head>\n<body><main>\n", page_header(report), page_tiles(report), page_list("worse", "worse", "What got worse", page_lines(report.at("regressions"))), page_gates(report), page_models(report), html_before_after(report), page_size_chart(report),
-             html_classes(report), html_predictions(report), html_curves(report), html_removed(report), html_search(report), html_budget(report), html_tuning(report), html_rounding(report), html_layers(report), page_list("masked", "", "Masked weights", masked_size_lines(report)), page_list("not-measured", "", "Not measured", not_measured(report)), page_list("warnings", "warn", "Warnings", page_lines(report.at("warnings"))), page_environment(report), html_lineage(report),
+             html_classes(report), html_predictions(report), html_curves(report), html_removed(report), html_search(report), html_budget(report), html_tuning(report), html_rounding(report), html_layers(report), page_list("calibration", "", "Calibration", calibration_lines(report)), page_list("masked", "", "Masked weights", masked_size_lines(report)), page_list("not-measured", "", "Not measured", not_measured(report)), page_list("warnings", "warn", "Warnings", page_lines(report.at("warnings"))), page_environment(report), html_lineage(report),
              "<footer>Made by kompakt from the files of the run folder; nothing on this page is loaded from elsewhere.</footer>\n</main></body></html>\n");
 }
 

@@ -1,14 +1,15 @@
 // report.md: for pull requests and mails. Text from outside is escaped for Markdown and for the HTML inside it.
 #include "core/text.h"
 #include "report/budget.h"
+#include "report/calibration.h"
 #include "report/earlier.h"
-#include "report/rounding.h"
-#include "report/tuning.h"
 #include "report/gates.h"
 #include "report/masked_size.h"
 #include "report/metrics.h"
 #include "report/report.h"
+#include "report/rounding.h"
 #include "report/table.h"
+#include "report/tuning.h"
 #include "report/verdict.h"
 
 namespace kompakt {
@@ -101,6 +102,7 @@ std::string report_markdown(const Json& report) {
     text += str("\n", markdown_row(view.header), markdown_rule(view.header.size()));
     for (const auto& row : view.rows) text += markdown_row(row);
   }
+  text += markdown_list("Calibration", calibration_lines(report));
   text += markdown_list("Masked weights", masked_size_lines(report));
   text += markdown_list("Not measured", not_measured(report));
   text += markdown_list("Warnings", markdown_texts(report.at("warnings")));
