@@ -335,7 +335,7 @@ TEST_CASE("the report tells when the two halves of the calibration set disagree"
   options.polish_rounds = 4;
   for (const bool same : {true, false}) {
     SecondMoments moments;
-    moments.half = first, moments.half_tokens = 100, moments.tokens = 200;
+    moments.half = first, moments.half_tokens = 100, moments.tokens = 200, moments.half_share = 0.5;
     moments.hessian = same ? first : 0.5 * (first + 0.001 * second);
     const LayerResult result = quantize_trifit({w, first, {}, {}}, spec, options);
     Json row = describe_layer("layer", spec, w, result.quantized);
