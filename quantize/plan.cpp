@@ -64,7 +64,7 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.number("teacher_target", options.teacher_target, "strength of the teacher's activations as target, 0 to 1; 0 = off, trifit takes 0.5 when 0", {.min = 0, .max = 1});
   visitor.integer("polish_rounds", options.polish_rounds, "rounds of scale refit and coordinate descent after the sweep; trifit takes 4 when 0", {.min = 0, .max = 100});
   visitor.integer("calibration_sequences", options.calibration_sequences, "training examples or text windows that the method looks at", {.min = 1});
-  visitor.choice("token_weights", options.token_weights, "how much a calibration token counts in a layer: uniform, or by the squared gradient of the loss at the layer's outputs (one backward pass)", token_weight_names());
+  visitor.choice("token_weights", options.token_weights, "how much a calibration token counts in a layer: all the same, or by the loss's gradient at the layer's outputs (one backward pass): its norm, or the square of that (fisher, which needs far more text)", token_weight_names());
   visitor.section("budget", options.has_budget, "a size of the whole file: the grid of every tensor is chosen so that it fits and the predictions change least", [&](FieldVisitor& inner) { fields(inner, options.budget); });
   visitor.section("activations", options.has_activations, "the inputs of quantized linears in blocks are rounded too, as a runtime with integer or FP8 products does", [&](FieldVisitor& inner) { fields(inner, options.activations); });
   visitor.section("kv_cache", options.has_kv_cache, "keys and values are rounded, with calibrated scales per layer", [&](FieldVisitor& inner) { fields(inner, options.kv_cache); });
