@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
+#include <utility>
 
 #include "model/lanes.h"
 #include "model/parallel.h"
@@ -18,7 +18,7 @@
 namespace kompakt {
 namespace {
 
-constexpr std::int64_t causal_shortest = 96;    // below, half a product saved is less than what the blocks cost
+constexpr std::int64_t causal_shortest = 96;    // below, one or two blocks leave out next to nothing
 constexpr std::int64_t causal_rows = 192;       // query rows of a block over all heads of the group
 constexpr std::int64_t causal_alignment = 16;   // rows of scores are whole registers
 
@@ -48,11 +48,12 @@ CausalBlock causal_block(const CausalShape& s, std::int64_t index) {
 
 // Working memory of one thread.
 struct CausalScratch {
-  at::Tensor query, value, scores, gradients;
+  at::Tensor query, value, scores, row_sums;
+  at::Tensor out, to_query, gradients;  // of the backward pass
   CausalScratch(const CausalShape& s, const at::TensorOptions& options, bool backward) {
     const std::int64_t rows = s.group * s.block, width = (s.tokens + causal_alignment - 1) / causal_alignment * causal_alignment;
-    query = at::empty({rows, s.size}, options), value = at::empty({rows, s.size}, options), scores = at::empty({rows * width}, options);
-    if (backward) gradients = at::empty({rows * width}, options);
+    query = at::empty({rows, s.size}, options), value = at::empty({rows, s.size}, options), scores = at::empty({rows * width}, options), row_sums = at::empty({rows}, options);
+    if (backward) out = at::empty({rows, s.size}, options), to_query = at::empty({rows, s.size}, options), gradients = at::empty({rows * width}, options);
   }
 };
 
@@ -81,7 +82,7 @@ void causal_scatter(const CausalShape& s, const R* from, std::int64_t item, cons
 template <class R>
 struct CausalRows {
   R* scores;           // rows `width` apart
-  std::int64_t rows, tokens, width, keys;
+  std::int64_t rows, tokens, width;
   std::int64_t first, window;  // the first token's number among the keys of the block
   R scale;
   // Keys [from, to) of a row.
@@ -165,7 +166,7 @@ KOMPAKT_LANES_INLINE void causal_score_gradient(const CausalRows<R>& b, R* gradi
     const R* p = b.scores + r * b.width;
     const std::int64_t from = b.from(r) / count * count, to = (b.to(r) + count - 1) / count * count;
     std::fill(row, row + from, R(0));
-    std::fill(row + std::min(to, b.width), row + b.width, R(0));
+    std::fill(row + to, row + b.width, R(0));
     for (std::int64_t t = from; t < to; t += count) {
       std::memcpy(&x, row + t, sizeof x);
       std::memcpy(&y, p + t, sizeof y);
@@ -194,7 +195,7 @@ at::Tensor causal_keys(const CausalShape& s, const at::Tensor& x, std::int64_t i
 
 template <class R>
 CausalRows<R> causal_rows_of(const CausalShape& s, const CausalBlock& b, const at::Tensor& scores) {
-  return {scores.data_ptr<R>(), scores.size(0), b.tokens(), scores.stride(0), b.keys(), b.from - b.begin, s.window, static_cast<R>(s.scale)};
+  return {scores.data_ptr<R>(), scores.size(0), b.tokens(), scores.stride(0), b.from - b.begin, s.window, static_cast<R>(s.scale)};
 }
 
 // work(item, scratch) for every key/value head of every text.
@@ -211,18 +212,18 @@ template <class R>
 void causal_forward(const CausalShape& s, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& sums) {
   const std::int64_t blocks = (s.tokens + s.block - 1) / s.block;
   causal_items(s, q.options(), false, [&](std::int64_t item, CausalScratch& scratch) {
-    std::vector<R> row_sums(static_cast<std::size_t>(s.group * s.block));
+    R* row_sums = scratch.row_sums.data_ptr<R>();
     for (std::int64_t i = 0; i < blocks; ++i) {
       const CausalBlock b = causal_block(s, i);
       const std::int64_t rows = s.group * b.tokens();
       at::Tensor query = scratch.query.narrow(0, 0, rows), value = scratch.value.narrow(0, 0, rows), scores = causal_view(scratch.scores, rows, b.keys());
       causal_gather<R>(s, q, item, b, query.data_ptr<R>());
       matrix_product(scores, query, causal_keys(s, k, item, b).t());
-      causal_softmax_of(causal_rows_of<R>(s, b, scores), row_sums.data());
+      causal_softmax_of(causal_rows_of<R>(s, b, scores), row_sums);
       matrix_product(value, scores, causal_keys(s, v, item, b));
       causal_scatter<R>(s, value.const_data_ptr<R>(), item, b, out);
       R* to = sums.data_ptr<R>() + item * s.group * s.tokens + b.from;  // [B,H,T]
-      for (std::int64_t h = 0; h < s.group; ++h) std::copy_n(row_sums.data() + h * b.tokens(), b.tokens(), to + h * s.tokens);
+      for (std::int64_t h = 0; h < s.group; ++h) std::copy_n(row_sums + h * b.tokens(), b.tokens(), to + h * s.tokens);
     }
   });
 }
@@ -233,12 +234,11 @@ void causal_backward(const CausalShape& s, const at::Tensor& q, const at::Tensor
                      const at::Tensor& dk, const at::Tensor& dv) {
   const std::int64_t blocks = (s.tokens + s.block - 1) / s.block;
   causal_items(s, q.options(), true, [&](std::int64_t item, CausalScratch& scratch) {
-    std::vector<R> row_sums(static_cast<std::size_t>(s.group * s.block));
-    at::Tensor own_out = at::empty_like(scratch.value), own_query = at::empty_like(scratch.query);
+    R* row_sums = scratch.row_sums.data_ptr<R>();
     for (std::int64_t i = 0; i < blocks; ++i) {
       const CausalBlock b = causal_block(s, i);
       const std::int64_t rows = s.group * b.tokens();
-      at::Tensor query = scratch.query.narrow(0, 0, rows), value = scratch.value.narrow(0, 0, rows), result = own_out.narrow(0, 0, rows), to_query = own_query.narrow(0, 0, rows);
+      at::Tensor query = scratch.query.narrow(0, 0, rows), value = scratch.value.narrow(0, 0, rows), result = scratch.out.narrow(0, 0, rows), to_query = scratch.to_query.narrow(0, 0, rows);
       at::Tensor scores = causal_view(scratch.scores, rows, b.keys()), gradients = causal_view(scratch.gradients, rows, b.keys());
       const at::Tensor keys = causal_keys(s, k, item, b), values = causal_keys(s, v, item, b);
       at::Tensor to_keys = causal_keys(s, dk, item, b), to_values = causal_keys(s, dv, item, b);
@@ -246,10 +246,10 @@ void causal_backward(const CausalShape& s, const at::Tensor& q, const at::Tensor
       causal_gather<R>(s, gradient, item, b, value.data_ptr<R>());
       causal_gather<R>(s, out, item, b, result.data_ptr<R>());
       const R* from = sums.const_data_ptr<R>() + item * s.group * s.tokens + b.from;
-      for (std::int64_t h = 0; h < s.group; ++h) std::copy_n(from + h * s.tokens, b.tokens(), row_sums.data() + h * b.tokens());
+      for (std::int64_t h = 0; h < s.group; ++h) std::copy_n(from + h * s.tokens, b.tokens(), row_sums + h * b.tokens());
       const CausalRows<R> shared = causal_rows_of<R>(s, b, scores);
       matrix_product(scores, query, keys.t());
-      causal_again_of(shared, row_sums.data());
+      causal_again_of(shared, row_sums);
       matrix_product(to_values, scores.t(), value, true);
       matrix_product(gradients, value, values.t());
       causal_gradient_of(shared, gradients.data_ptr<R>(), result.const_data_ptr<R>(), value.const_data_ptr<R>(), s.size);

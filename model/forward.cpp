@@ -23,9 +23,9 @@ struct Transformer::Context {
   // Additive masks [1 or B,1,1 or T,S], undefined where nothing is masked or where `causal` alone says it.
   at::Tensor mask, mask_local;
   bool causal = false, causal_local = false;
-  bool windowed = false;      // mask_local says nothing but order and distance
-  bool plain = false;   // nothing is masked but padding behind the first `lengths` tokens (undefined: no padding)
-  at::Tensor lengths;   // [B]
+  bool windowed = false;  // mask_local says nothing but order and distance
+  bool plain = false;     // nothing is masked but padding behind the first `lengths` tokens (undefined: no padding)
+  at::Tensor lengths;     // [B]
   std::int64_t window = 0;  // of mask_local
   RopeTables rope, rope_local;
 };
@@ -183,7 +183,7 @@ Transformer::Context Transformer::make_context(const ModelInput& input, const at
     const at::Tensor near = backward_only.bitwise_and(distance.lt(context.window));
     context.mask_local = forward_additive_mask(allowed.defined() ? allowed.bitwise_and(near) : near, x);
     context.causal_local = false;
-    context.windowed = context.causal;  // nothing but order and distance
+    context.windowed = context.causal;
   }
   return context;
 }

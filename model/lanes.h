@@ -23,7 +23,7 @@ struct Registers {
 };
 
 // e^x of a register for x <= 0: 2^n e^r with |r| <= ln(2)/2 (Cephes, relative error below 2e-7). Below the smallest normal
-// number the result stays there, which is nothing beside the largest term of a sum; NaN becomes that number too.
+// number the result stays there, which is nothing beside the largest term of a sum. NaN stays NaN.
 template <class R>
 KOMPAKT_LANES_INLINE void lanes_exp(typename Registers<R>::Type& x) {
   using Register = typename Registers<R>::Type;
@@ -32,7 +32,7 @@ KOMPAKT_LANES_INLINE void lanes_exp(typename Registers<R>::Type& x) {
     constexpr float magic = 12582912.0f;  // adding it rounds to an integer
     Register lowest = {};
     lowest += -87.0f;
-    x = x > lowest ? x : lowest;
+    x = x < lowest ? lowest : x;  // in this order: of a comparison with NaN, x is what is left
     const Register n = (x * 1.44269504088896341f + magic) - magic;
     const Register r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     Register p = r * 1.9875691500e-4f + 1.3981999507e-3f;

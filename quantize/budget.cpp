@@ -268,7 +268,7 @@ BudgetFrame budget_frame(const ModelConfig& config, const QuantizeOptions& optio
   check_budget(options, "quantize.budget", problems);
   check_tuning(config, options, problems);
   check_activations(config, options, problems);
-  check_method_keys(options, problems);
+  check_method_keys(config, options, problems);
   std::vector<GridSpec> specs;
   for (const std::string& text : b.formats.empty() ? target.formats : b.formats)
     if (const auto spec = grid_format(text, "quantize.budget.formats", problems)) specs.push_back(*spec);

@@ -111,16 +111,14 @@ void check_grid_training(const QuantizeOptions& options, std::optional<bool> cla
   if (options.has_pretrain && classification.value_or(false)) problems.add(Error("\"pretrain\" predicts the next token, and the run has class labels").at(place).given("data of format classification").allowed("data of format text").hint("leave pretrain out; objective may hold {labels: cross_entropy}"));
 }
 
-void check_token_weights(const ModelConfig& config, const QuantizeOptions& options, Problems& problems) {
-  const TokenWeightRow* row = find_token_weights(options.token_weights);
-  if (!row || row->exponent == 0) return;
-  if (config.family->encoder && !config.is_classifier())
-    problems.add(Error("an encoder without a classifier predicts nothing, so that its tokens have no gradient").at("quantize.token_weights").given(options.token_weights).allowed("uniform").hint("leave the key out"));
-  if (const QuantizationMethod* method = find_quantization_method(options.method); method && !method->needs_calibration)
-    problems.add(Error(str("method ", method->name, " looks at no calibration token")).at("quantize.token_weights").given(str("method: ", options.method)).allowed("method: gptq, trifit or imatrix").hint("leave the key out"));
-}
-
-void check_method_keys(const QuantizeOptions& options, Problems& problems) {
+void check_method_keys(const ModelConfig& config, const QuantizeOptions& options, Problems& problems) {
+  const QuantizationMethod* method = find_quantization_method(options.method);
+  if (const TokenWeightRow* row = find_token_weights(options.token_weights); row && row->exponent > 0) {
+    if (config.family->encoder && !config.is_classifier())
+      problems.add(Error("an encoder without a classifier predicts nothing, so that its tokens have no gradient").at("quantize.token_weights").given(options.token_weights).allowed("uniform").hint("leave the key out"));
+    if (method && !method->needs_calibration)
+      problems.add(Error(str("method ", method->name, " looks at no calibration token")).at("quantize.token_weights").given(str("method: ", options.method)).allowed("method: gptq, trifit or imatrix").hint("leave the key out"));
+  }
   if (options.method != "imatrix") return;
   const QuantizeOptions plain;
   const struct { const char* key; bool set; } unused[] = {{"damping", options.damping != plain.damping}, {"act_order", options.act_order != plain.act_order}, {"teacher_target", options.teacher_target != plain.teacher_target}, {"polish_rounds", options.polish_rounds != plain.polish_rounds}};
@@ -152,8 +150,7 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
   if (options.basis.untie && options.basis.basis != "hadamard") problems.add(Error(str("untie serves basis hadamard alone, and basis is ", options.basis.basis)).at("quantize.untie").given("true").allowed("false").hint("leave the key out"));
   check_tuning(config, options, problems);
   check_activations(config, options, problems);
-  check_method_keys(options, problems);
-  check_token_weights(config, options, problems);
+  check_method_keys(config, options, problems);
   problems.throw_if_any("the quantize stage cannot be planned");
 
   Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));

@@ -97,10 +97,8 @@ struct QuantizationPlan {
 };
 // Tuning that the options ask for and that the model, the method or a grid named in them cannot have.
 void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
-// Keys that the method would not use.
-void check_method_keys(const QuantizeOptions& options, Problems& problems);
-// Weights of tokens that the model has no gradient for, or that the method does not look at.
-void check_token_weights(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
+// Keys that the method would not use or the model has nothing for.
+void check_method_keys(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
 // Keys of a training on the grid that the method, the data or each other do not allow. `classification`: whether the run has class
 // labels, where that is known.
 void check_grid_training(const QuantizeOptions& options, std::optional<bool> classification, const std::string& place, Problems& problems);

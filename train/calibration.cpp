@@ -253,21 +253,19 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
     std::int64_t count = 0;
     const std::int64_t half = set_.tokens / 2;
     while (end < batches && count < hessian_chunk_tokens && (seen >= half || seen + count < half)) count += rows_of(end++);
-    const at::Tensor x = part_inputs(quantized_, layer, part, first, end), teacher = cross ? part_inputs(teacher_, layer, part, first, end) : at::Tensor();
+    const at::Tensor x = part_inputs(quantized_, layer, part, first, end), teacher = cross && !options_.squares_only ? part_inputs(teacher_, layer, part, first, end) : at::Tensor();
     seen += count;
     for (std::size_t k = 0; k < weights.size(); ++k) {
       SecondMoments& out = moments[k];
       const at::Tensor weight = weights[k] ? at::cat(std::vector<at::Tensor>(weights[k]->begin() + static_cast<std::ptrdiff_t>(first), weights[k]->begin() + static_cast<std::ptrdiff_t>(end))).to(x.options()).unsqueeze(1) : at::Tensor();
-      out.tokens += count;
+      const double before = weight_seen[k], whole = before + (weight.defined() ? weight.sum(at::kDouble).item<double>() : static_cast<double>(count));
+      out.tokens += count, weight_seen[k] = whole;
       if (options_.squares_only) {
         const at::Tensor square = x.square(), sum = (weight.defined() ? square * weight : square).sum(0, false, at::kDouble);
         out.square = out.square.defined() ? out.square + sum : sum;
-        weight_seen[k] += weight.defined() ? weight.sum(at::kDouble).item<double>() : static_cast<double>(count);
         continue;
       }
-      const double before = weight_seen[k], whole = before + (weight.defined() ? weight.sum(at::kDouble).item<double>() : static_cast<double>(count));
       const double keep = whole > 0 ? before / whole : 1, add = whole > 0 ? 1 / whole : 0;
-      weight_seen[k] = whole;
       // Rows weighted on one side of every product.
       const at::Tensor left = weight.defined() ? x * weight : x;
       const auto mean = [&](at::Tensor& value, const at::Tensor& rows) {

@@ -73,6 +73,18 @@ TEST_CASE("causal scores of any size give finite results", "[model][attention]")
   for (const at::Tensor& gradient : torch::autograd::grad({out.sum()}, {q, k, v})) CHECK(gradient.isfinite().all().item<bool>());
 }
 
+TEST_CASE("a score that is no number shows in the result", "[model][attention]") {
+  const auto make = [](std::uint64_t seed) { return random_tensor({1, 2, 140, 8}, seed).to(at::kFloat); };
+  const at::Tensor q = make(1), k = make(2), v = make(3);
+  for (const float broken : {NAN, INFINITY}) {
+    at::Tensor other = q.clone();
+    other[0][0][100][3] = broken;
+    const at::Tensor out = causal_attention(other, k, v, 1);
+    CHECK(out[0].slice(1, 0, 8)[100].isnan().all().item<bool>());
+    CHECK(out[0].slice(0, 0, 100).isfinite().all().item<bool>());
+  }
+}
+
 TEST_CASE("causal attention on one and two threads gives the same bytes", "[model][attention]") {
   const int before = at::get_num_threads();
   std::vector<std::vector<at::Tensor>> runs;

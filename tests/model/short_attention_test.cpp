@@ -70,6 +70,14 @@ TEST_CASE("scores of any size give finite probabilities", "[model][attention]") 
   CHECK(largest_difference(out, attention_reference(q.to(at::kDouble), k.to(at::kDouble), v.to(at::kDouble), lengths, 1)) < 1e-2);  // scores near 1e5 have steps of 0.008 in float32
 }
 
+TEST_CASE("a score of short attention that is no number shows in the result", "[model][attention]") {
+  const at::Tensor q = random_tensor({1, 12, 1, 8}, 1).to(at::kFloat), k = random_tensor({1, 12, 1, 8}, 2).to(at::kFloat), v = random_tensor({1, 12, 1, 8}, 3).to(at::kFloat);
+  q[0][5][0][3] = NAN;
+  const at::Tensor out = short_attention(q, k, v, {}, 1);
+  CHECK(out[0][5].isnan().all().item<bool>());
+  CHECK(out[0][4].isfinite().all().item<bool>());
+}
+
 TEST_CASE("short attention on one and two threads gives the same bytes", "[model][attention]") {
   const int before = at::get_num_threads();
   std::vector<std::vector<at::Tensor>> runs;

@@ -182,7 +182,10 @@ TEST_CASE("token weights in the stage: kept for a killed run, told in the report
 
   options.method = "rtn";
   CHECK(contains_all(error_text([&] { plan_quantization(original->config(), options); }), {"quantize.token_weights", "method rtn looks at no calibration token"}));
-  options.method = "trifit";
+  // Under a byte budget too, which plans by itself.
+  options.has_budget = true, options.budget.bytes = 100000;
+  CHECK(contains_all(error_text([&] { budget_frame(original->config(), options, {}); }), {"quantize.token_weights", "method rtn looks at no calibration token"}));
+  options.has_budget = false, options.method = "trifit";
   ModelConfig encoder = tiny_encoder(3)->config();
   CHECK(plan_quantization(encoder, options).tensors.size() > 0);  // a classifier has predictions
   encoder.labels.clear();
