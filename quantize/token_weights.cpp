@@ -6,6 +6,7 @@
 #include <cmath>
 #include <filesystem>
 
+#include "core/error.h"
 #include "core/random.h"
 #include "core/text.h"
 #include "quantize/sensitivity.h"
@@ -21,10 +22,11 @@ constexpr TokenWeightRow token_weight_rows[] = {
 };
 
 // Mean 1 over all tokens.
-at::Tensor weights_scaled(const at::Tensor& squares, double exponent) {
+at::Tensor weights_scaled(const std::string& name, const at::Tensor& squares, double exponent) {
   const at::Tensor powers = squares.to(at::kDouble).pow(exponent);
   const double mean = powers.mean().item<double>();
-  return mean > 0 && std::isfinite(mean) ? (powers / mean).to(at::kFloat) : at::ones_like(squares);
+  if (!std::isfinite(mean)) throw Error("the gradient of the loss is not finite, so that tokens have no weight").at(name).given(str(mean)).hint("evaluate the model before it is quantized, or set token_weights: uniform");
+  return mean > 0 ? (powers / mean).to(at::kFloat) : at::ones_like(squares);
 }
 
 std::int64_t batch_tokens(const CalibrationSet& set, std::size_t b) { return set.valid[b].defined() ? set.valid[b].numel() : set.inputs[b].ids.numel(); }
@@ -74,7 +76,7 @@ TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const 
     measure_sensitivities(model, one, request);
   });
   TokenWeights out;
-  for (const auto& [name, all] : squares) out[name] = weights_by_batch(weights_scaled(all, row.exponent), set);
+  for (const auto& [name, all] : squares) out[name] = weights_by_batch(weights_scaled(name, all, row.exponent), set);
   return out;
 }
 

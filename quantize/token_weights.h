@@ -31,7 +31,7 @@ using TokenWeights = std::map<std::string, std::vector<at::Tensor>>;
 
 // For labels drawn from the model's own predictions. One forward and one backward pass through every block, batches beside each
 // other; memory: tokens of a batch x hidden x layers floats a thread. The same bits for any number of threads. `model` holds its
-// float weights; a decoder or a classifier.
+// float weights; a decoder or a classifier. Error where a gradient is not finite.
 TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed);
 
 // The same, kept in `context.work` for a run that is killed and goes on. `identity`: as for the records of blocks.

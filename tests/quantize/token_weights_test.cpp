@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
+#include <cmath>
+
 #include "core/error.h"
 #include "core/files.h"
 #include "core/random.h"
@@ -108,6 +110,9 @@ TEST_CASE("token weights without any gradient, of other seeds, and on one and tw
   at::set_num_threads(before);
   CHECK(equal(runs[0], runs[1]));
   CHECK_FALSE(equal(runs[0], token_weights(*model, set, row("gradient_norm"), 2)));
+  const auto broken = model->clone();
+  broken->blocks[1].mlp.up.weight[3][2] = NAN;
+  CHECK(contains_all(error_text([&] { token_weights(*broken, set, row("gradient_norm"), 1); }), {"the gradient of the loss is not finite", "model.layers."}));
   model->lm_head.weight.zero_();
   for (const auto& [name, batches] : token_weights(*model, set, row("fisher"), 1)) CHECK(at::equal(at::cat(batches), at::ones({1500})));
 }
