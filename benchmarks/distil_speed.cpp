@@ -2,11 +2,12 @@
 // AdamW), peak memory, and the loss alone with the memory that it takes. benchmarks/distil_speed.py measures PyTorch eager on the
 // same weights, tokens and options: run both with the same threads, compare.
 //
-//   distil_speed TEACHER [--steps 3] [--layers 20] [--batch 4] [--length 512] [--precision float32|bf16] [--recompute] [--text FILE] [--cache] [--save FOLDER]
+//   distil_speed TEACHER [--steps 3] [--layers 20] [--batch 4] [--length 512] [--precision float32|bf16] [--recompute] [--text FILE] [--cache] [--device cpu|cuda] [--save FOLDER]
 //
 // TEACHER: a model folder or .gguf; --save writes it as a folder that transformers reads and ends. --text: real text, by the teacher's
 // tokenizer, in place of numbers that any program can make. --cache: a cache of the teacher's likeliest tokens is filled and read,
-// each with its speed, and its gradient is compared with that of the live teacher; the steps then take it.
+// each with its speed, and its gradient is compared with that of the live teacher; the steps then take it. On a GPU wall time counts, and
+// the peak is that of LibTorch's allocator.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
@@ -26,6 +27,7 @@
 #include "distill/fused_linear.h"
 #include "distill/stage.h"
 #include "model/checkpoint.h"
+#include "model/device_memory.h"
 #include "pipeline/device.h"
 #include "train/chunked_loss.h"
 #include "train/teacher.h"
@@ -37,12 +39,30 @@ using namespace kompakt;
 struct Figures {
   double cpu, wall;
 };
+c10::Device device = c10::Device(c10::kCPU);
+
 template <class F>
 Figures measured(const F& work) {
+  wait_for_device(device);
   const double cpu = cpu_seconds();
   const auto start = std::chrono::steady_clock::now();
   work();
+  wait_for_device(device);
   return {cpu_seconds() - cpu, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()};
+}
+
+double clock_seconds() {  // CPU time on a CPU: other programs do not count
+  if (device.is_cpu()) return cpu_seconds();
+  wait_for_device(device);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Memory high-water mark, of the device if it has one of its own.
+std::int64_t measured_peak() { return device_peak_memory_bytes(device).value_or(peak_memory_bytes()); }
+std::int64_t measured_memory() { return device_memory_bytes(device).value_or(current_memory_bytes()); }
+bool measured_reset() {
+  reset_device_peak_memory(device);
+  return reset_peak_memory();
 }
 
 // A live teacher that looks at the clock whenever it is asked: once a step.
@@ -51,13 +71,13 @@ class ClockedTeacher final : public TeacherSource {
   explicit ClockedTeacher(TeacherSource& inner) : inner_(inner) {}
   void prepare(const std::set<std::string>& taps) override { inner_.prepare(taps); }
   TeacherTargets targets(const TokenBatch& batch) override {
-    times_.push_back(cpu_seconds());
+    times_.push_back(clock_seconds());
     return inner_.targets(batch);
   }
   bool takes(std::int64_t columns) const override { return inner_.takes(columns); }
   const ModelConfig& config() const override { return inner_.config(); }
   std::string fingerprint() const override { return inner_.fingerprint(); }
-  // CPU seconds between two calls.
+  // Seconds between two calls.
   std::vector<double> steps() const {
     std::vector<double> out;
     for (std::size_t i = 1; i < times_.size(); ++i) out.push_back(times_[i] - times_[i - 1]);
@@ -71,7 +91,7 @@ class ClockedTeacher final : public TeacherSource {
 
 // Gradient of forward KL in all weights of the student under a source of targets.
 at::Tensor gradient_under(Transformer& student, TeacherSource& teacher, const TokenBatch& batch) {
-  const ModelInput input = to_input(batch, c10::Device(c10::kCPU));
+  const ModelInput input = to_input(batch, device);
   student.requires_grad(true);
   const at::Tensor hidden = student.hidden(input).flatten(0, 1);
   const TeacherTargets targets = teacher.targets(batch);
@@ -120,9 +140,9 @@ std::int64_t benchmark_token(std::int64_t i, std::int64_t vocabulary) { return (
 // Forward and backward of projection + forward KL on random hidden states of the head's width.
 void loss_alone(const Transformer& model, std::int64_t rows) {
   const HeadWeights head = head_weights(model);
-  const at::Tensor weight = head.weight.detach().clone().requires_grad_(), hidden = at::randn({rows, weight.size(1)}).requires_grad_(), teacher = at::randn({rows, weight.size(1)});
-  const bool reset = reset_peak_memory();  // first: it gives freed memory back, which would count as a base
-  const std::int64_t base = current_memory_bytes();
+  const at::Tensor weight = head.weight.detach().clone().requires_grad_(), hidden = at::randn({rows, weight.size(1)}, weight.options()).requires_grad_(), teacher = at::randn({rows, weight.size(1)}, weight.options());
+  const bool reset = measured_reset();  // first: it gives freed memory back, which would count as a base
+  const std::int64_t base = measured_memory();
   const LogitLoss& row = *find_logit_loss("forward_kl");
   double value = 0;
   const Figures f = measured([&] {
@@ -131,7 +151,7 @@ void loss_alone(const Transformer& model, std::int64_t rows) {
     value = loss.item<double>();
   });
   std::printf("loss alone: %lld positions x %lld tokens, forward and backward of projection and KL: %.2f cpu s, %.2f s, %.0f MiB beyond its inputs%s, loss %.5f\n", static_cast<long long>(rows),
-              static_cast<long long>(weight.size(0)), f.cpu, f.wall, static_cast<double>(peak_memory_bytes() - base) / 1048576, reset ? "" : " (no reset of the peak here)", value);
+              static_cast<long long>(weight.size(0)), f.cpu, f.wall, static_cast<double>(measured_peak() - base) / 1048576, reset ? "" : " (no reset of the peak here)", value);
 }
 
 }  // namespace
@@ -151,12 +171,13 @@ int main(int argc, char** argv) {
     else if (word == "--precision") precision = next();
     else if (word == "--save") save = next();
     else if (word == "--text") text = next();
+    else if (word == "--device") device = parse_device(next());
     else if (word == "--recompute") recompute = true;
     else if (word == "--cache") cache = true;
     else teacher_path = word;
   }
   if (teacher_path.empty()) {
-    std::fprintf(stderr, "usage: distil_speed TEACHER [--steps N] [--layers N] [--batch N] [--length N] [--precision P] [--recompute] [--text FILE] [--cache] [--save FOLDER]\n");
+    std::fprintf(stderr, "usage: distil_speed TEACHER [--steps N] [--layers N] [--batch N] [--length N] [--precision P] [--recompute] [--text FILE] [--cache] [--device D] [--save FOLDER]\n");
     return 2;
   }
   set_verbosity(Verbosity::quiet);
@@ -165,6 +186,7 @@ int main(int argc, char** argv) {
     save_model(*teacher, save);
     return 0;
   }
+  teacher->to(device);
   StudentOptions shape;
   for (std::int64_t i = 0; i < layers; ++i) shape.keep_layers.push_back(i * teacher->config().layers / layers);
   TaskData data;
@@ -198,22 +220,23 @@ int main(int argc, char** argv) {
   context.title = "benchmark";
   context.work = work.path() / "work";
   context.data = &data;
+  context.device = device;
   context.details = &details;
   const auto student = make_student(*teacher, shape);
   if (cache) cache_alone(*student, teacher, data, batch, length, steps, work.path() / "alone");
   const std::unique_ptr<TeacherSource> source = cache ? sparse_teacher(teacher, data, length, options.cache, work.path() / "cache") : live_teacher(teacher);
   ClockedTeacher clock(*source);
   context.teacher = &clock;
-  reset_peak_memory();
-  const std::int64_t base = current_memory_bytes();
+  measured_reset();
+  const std::int64_t base = measured_memory();
   const Figures f = measured([&] { distill(*student, options, context); });
   const double tokens = static_cast<double>(steps * batch * length);
   std::printf("%lld steps of %lld x %lld, %s%s%s: %.1f tokens per cpu second (%.1f a second), peak %.0f MiB, %.0f MiB of them for models that were there\n", static_cast<long long>(steps), static_cast<long long>(batch),
-              static_cast<long long>(length), precision.c_str(), recompute ? ", recompute" : "", cache ? ", cached teacher" : "", tokens / f.cpu, tokens / f.wall, static_cast<double>(peak_memory_bytes()) / 1048576, static_cast<double>(base) / 1048576);
-  std::printf("cpu seconds of the steps but the last:");
+              static_cast<long long>(length), precision.c_str(), recompute ? ", recompute" : "", cache ? ", cached teacher" : "", tokens / f.cpu, tokens / f.wall, static_cast<double>(measured_peak()) / 1048576, static_cast<double>(base) / 1048576);
+  std::printf("%s seconds of the steps but the last:", device.is_cpu() ? "cpu" : "wall");
   const std::vector<double> each = clock.steps();
   for (const double seconds : each) std::printf(" %.2f", seconds);
-  if (!each.empty()) std::printf("; the fastest is %.1f tokens a cpu second", static_cast<double>(batch * length) / *std::min_element(each.begin(), each.end()));
+  if (!each.empty()) std::printf("; the fastest is %.1f tokens a second of that clock", static_cast<double>(batch * length) / *std::min_element(each.begin(), each.end()));
   std::printf("\n");
   std::printf("losses");
   for (const Json& point : details.at("loss_curve")) std::printf(" %.5f", point.at("loss").get<double>());

@@ -6,14 +6,15 @@
 //   table=weights|shapes|both      tokens=65536 (calibration)   test=20480   length=512
 //   true_sequential=1 (0: single weights in the order of the authors' scripts)
 //   ffn=0.75 layers=5 multiple=32  only=TEXT (rows whose name holds it), or exactly these: only==NAME,NAME
+//   device=cpu|cuda (there the seconds are wall time)
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <ctime>
 #include <map>
 #include <string>
 #include <vector>
@@ -26,6 +27,7 @@
 #include "data/tokenizer.h"
 #include "evaluate/language.h"
 #include "model/checkpoint.h"
+#include "model/device_memory.h"
 #include "prune/stage.h"
 
 using namespace kompakt;
@@ -89,7 +91,7 @@ std::vector<TableRow> shape_rows(double ffn, std::int64_t layers) {
 
 int main(int argc, char** argv) try {
   if (argc < 4) throw Error("model, calibration text and test text are needed").allowed("prune_table MODEL CALIBRATION.txt TEST.txt [key=value ...]");
-  std::map<std::string, std::string> keys = {{"table", "both"}, {"tokens", "65536"}, {"test", "20480"}, {"length", "512"}, {"ffn", "0.75"}, {"layers", "5"}, {"multiple", "32"}, {"only", ""}, {"true_sequential", "1"}};
+  std::map<std::string, std::string> keys = {{"table", "both"}, {"tokens", "65536"}, {"test", "20480"}, {"length", "512"}, {"ffn", "0.75"}, {"layers", "5"}, {"multiple", "32"}, {"only", ""}, {"true_sequential", "1"}, {"device", "cpu"}};
   for (int i = 4; i < argc; ++i) {
     const std::string text = argv[i];
     const auto at = text.find('=');
@@ -99,7 +101,8 @@ int main(int argc, char** argv) try {
   const auto number = [&](const char* key) { return parse_int(keys.at(key)).value(); };
   const at::NoGradGuard no_grad;
   set_verbosity(std::getenv("VERBOSE") ? Verbosity::normal : Verbosity::quiet);
-  const auto teacher = load_model(argv[1]);
+  const c10::Device device(keys.at("device"));
+  const auto teacher = load_model(argv[1], device);
   const auto tokenizer = load_tokenizer(argv[1]);
   TaskData data;
   data.kind = TaskData::Kind::text;
@@ -110,7 +113,7 @@ int main(int argc, char** argv) try {
   if (keys.at("table") != "weights")
     for (TableRow& row : shape_rows(parse_double(keys.at("ffn")).value(), number("layers"))) rows.push_back(std::move(row));
   const std::vector<std::string> names = keys.at("only").starts_with("=") ? split(keys.at("only").substr(1), ',') : std::vector<std::string>{};
-  std::printf("%-44s %10s %9s %9s  %s\n", "", "perplexity", "KL", "CPU s", "parameters");
+  std::printf("%-44s %10s %9s %9s  %s\n", "", "perplexity", "KL", device.is_cpu() ? "CPU s" : "s", "parameters");
   const LanguageScores dense = score_language(*teacher, nullptr, test);
   std::printf("%-44s %10.4f %9.4f %9.1f  %lld\n", "float", std::exp(dense.mean_nll()), 0.0, 0.0, static_cast<long long>(count_parameters(teacher->config()).total));
   std::fflush(stdout);
@@ -118,14 +121,16 @@ int main(int argc, char** argv) try {
     if (!names.empty() ? std::find(names.begin(), names.end(), row.name) == names.end() : row.name.find(keys.at("only")) == std::string::npos) continue;
     Json details = Json::object();
     StageContext context;
-    context.title = "table", context.seed = 1, context.data = &data, context.details = &details;
+    context.title = "table", context.seed = 1, context.data = &data, context.details = &details, context.device = device;
     row.options.samples = static_cast<std::int64_t>(data.calibration.size());
     row.options.multiple_of = number("multiple");
     row.options.unstructured.true_sequential = number("true_sequential") != 0;
     const auto model = teacher->clone();
-    const std::clock_t start = std::clock();
+    const auto clock = [&] { return device.is_cpu() ? cpu_seconds() : std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
+    const double start = clock();
     prune(*model, row.options, {}, context);
-    const double seconds = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+    wait_for_device(device);
+    const double seconds = clock() - start;
     const LanguageScores scores = score_language(*model, teacher.get(), test);
     double kl = 0;
     for (const float value : scores.kl) kl += value;

@@ -18,7 +18,7 @@ namespace {
 RunOptions run_settings(const Arguments& arguments) {
   RunOptions options;
   options.out = arguments.get("out");
-  options.device = arguments.get("device", "cpu");
+  options.device = arguments.get("device", default_device());
   options.resume = arguments.has("resume");
   options.until = arguments.get("until");
   return options;

@@ -13,7 +13,7 @@ const Options& run_options() {
   static const Options options = {
       {"out", "DIR", "folder of the run; default runs/NAME"},
       {"set", "KEY.PATH=VALUE", "change a value of the recipe; may be repeated", true},
-      {"device", "cpu|cuda[:N]", "where tensors live; default cpu"},
+      {"device", "cpu|cuda[:N]", "where tensors live; default KOMPAKT_DEVICE of the environment, else cpu"},
       {"resume", "", "go on inside the stage that was interrupted"},
       {"until", "STAGE", "stop after this stage"},
       {"quiet", "", "no progress; warnings and errors only"},
@@ -33,7 +33,7 @@ const Options& stage_options() {
       {"model", "DIR", "Hugging Face folder or .gguf file to start from"},
       {"out", "DIR", "folder of the run; default runs/STAGE"},
       {"set", "KEY.PATH=VALUE", "STAGE.key=value or data.NAME.key=value; may be repeated", true},
-      {"device", "cpu|cuda[:N]", "where tensors live; default cpu"},
+      {"device", "cpu|cuda[:N]", "where tensors live; default KOMPAKT_DEVICE of the environment, else cpu"},
       {"resume", "", "go on inside an interrupted stage"},
       {"quiet", "", "no progress; warnings and errors only"},
       {"json", "", "print the report as one JSON document"},

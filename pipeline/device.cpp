@@ -18,6 +18,11 @@ bool cuda_available() { return at::hasCUDA(); }
 
 std::string torch_version() { return TORCH_VERSION; }
 
+std::string default_device() {
+  const char* chosen = std::getenv("KOMPAKT_DEVICE");
+  return chosen && *chosen ? chosen : "cpu";
+}
+
 c10::Device parse_device(const std::string& text) {
   if (text == "cpu") return c10::Device(c10::kCPU);
   const bool any = text == "cuda";

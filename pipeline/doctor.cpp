@@ -10,6 +10,7 @@
 #include "core/text.h"
 #include "distill/losses.h"
 #include "formats/hdf5_file.h"
+#include "model/transformer.h"
 #include "pipeline/describe.h"
 #include "pipeline/device.h"
 #include "pipeline/doctor_kernels.h"
@@ -52,6 +53,41 @@ Json doctor_losses(const c10::Device device) {
   return doctor_check(str(logit_losses().size(), " losses against double precision"), bad.empty(), bad.empty() ? device.str() : "wrong: " + join(bad, ", "));
 }
 
+// Logits and gradients of small models, forward and backward in float32, against the CPU.
+Json doctor_models(const c10::Device device) {
+  const Json decoder = {{"model_type", "llama"}, {"hidden_size", 64}, {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"num_key_value_heads", 2}, {"intermediate_size", 96},
+                        {"vocab_size", 131}, {"max_position_embeddings", 64}, {"hidden_act", "silu"}, {"rms_norm_eps", 1e-5}, {"tie_word_embeddings", true}};
+  const Json encoder = {{"model_type", "bert"}, {"hidden_size", 64}, {"num_hidden_layers", 2}, {"num_attention_heads", 4}, {"intermediate_size", 96},
+                        {"vocab_size", 131}, {"max_position_embeddings", 64}, {"type_vocab_size", 2}, {"hidden_act", "gelu"}, {"pad_token_id", 0}};
+  std::vector<std::string> bad;
+  for (const Json& shape : {decoder, encoder}) {
+    const std::string name = shape.at("model_type").get<std::string>();
+    std::vector<at::Tensor> results[2];
+    for (const c10::Device where : {c10::Device(c10::kCPU), device}) {
+      Transformer model(config_from_json(shape, "doctor"), 7);
+      if (name == "bert") model.add_classifier({"a", "b", "c"}, "mean");
+      model.to(where);
+      model.requires_grad(true);
+      ModelInput input;
+      input.ids = (at::arange(3 * 40, at::kLong) * 37 % 131).reshape({3, 40}).to(where);
+      input.lengths = at::tensor({40, 23, 31}, at::kLong);
+      const at::Tensor logits = model.forward(input).to(at::kFloat);
+      logits.square().mean().backward();
+      std::vector<at::Tensor>& out = results[where.is_cpu() ? 0 : 1];
+      out.push_back(logits.detach().cpu());
+      for (const NamedParameter& parameter : model.parameters())
+        if (parameter.value->grad().defined()) out.push_back(parameter.value->grad().cpu());
+    }
+    bool same = results[0].size() == results[1].size();
+    for (std::size_t i = 0; same && i < results[0].size(); ++i) {
+      const at::Tensor reference = results[0][i].to(at::kDouble);
+      same = ((results[1][i].to(at::kDouble) - reference).norm() <= 1e-3 * reference.norm() + 1e-7).item<bool>();  // TF32 products, where they are switched on, keep 10 bits
+    }
+    if (!same) bad.push_back(name);
+  }
+  return doctor_check("models, forward and backward, against the CPU", bad.empty(), bad.empty() ? device.str() : "wrong: " + join(bad, ", "));
+}
+
 }  // namespace
 
 std::string version_text() {
@@ -83,7 +119,11 @@ Json doctor() {
   Json checks = Json::array();
   checks.push_back(doctor_grids());
   checks.push_back(doctor_losses(c10::Device(c10::kCPU)));
-  if (cuda_available()) checks.push_back(doctor_losses(c10::Device(c10::kCUDA, 0)));
+  if (cuda_available()) {
+    const c10::Device gpu(c10::kCUDA, 0);
+    checks.push_back(doctor_losses(gpu));
+    checks.push_back(doctor_models(gpu));
+  }
   for (Json& check : doctor_kernels()) checks.push_back(std::move(check));
   bool healthy = true;
   for (const Json& check : checks) healthy = healthy && (check.at("passed").is_null() || check.at("passed").get<bool>());

@@ -6,13 +6,14 @@
 
 #include "core/error.h"
 #include "core/json.h"
+#include "pipeline/device.h"
 #include "pipeline/recipe.h"
 
 namespace kompakt {
 
 struct RunOptions {
   std::filesystem::path out;     // "" = runs/NAME below the working folder
-  std::string device = "cpu";    // cpu | cuda | cuda:N
+  std::string device = default_device();  // cpu | cuda | cuda:N
   bool resume = false;           // go on inside an interrupted stage
   std::string until;             // stop after this stage (name or title)
 };

@@ -13,9 +13,11 @@
 #include "export/exporters.h"
 #include "formats/safetensors.h"
 #include "model/checkpoint.h"
+#include "model/device_memory.h"
 #include "model/paged.h"
 #include "model/parallel.h"
 #include "pipeline/device.h"
+#include "pipeline/energy.h"
 #include "pipeline/version.h"
 #include "quantize/stage.h"
 #include "train/mask.h"
@@ -210,6 +212,8 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
     Json details = Json::object();
     StageContext context = stage_context(stage, index, key, details);
     const bool reset = reset_peak_memory();
+    reset_device_peak_memory(device_);
+    const EnergyReading energy_start = read_energy(device_);
     const auto start = std::chrono::steady_clock::now();
     const double cpu_start = cpu_seconds();
     add_teacher(stage, context);
@@ -228,8 +232,10 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
         }
       }
       Json record{{"name", stage.title}, {"stage", stage.row->name}, {"key", key}, {"seconds", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count()},
-                  {"cpu_seconds", cpu_seconds() - cpu_start}, {"peak_memory_bytes", peak_memory_bytes()}, {"energy_joules", nullptr}, {"energy_reason", "no energy counter was read on this machine"},
-                  {"layer_map", context.layer_map}};
+                  {"cpu_seconds", cpu_seconds() - cpu_start}, {"peak_memory_bytes", peak_memory_bytes()}, {"energy_joules", nullptr}, {"layer_map", context.layer_map}};
+      if (const EnergyReading energy = read_energy(device_); energy.joules && energy_start.joules) record["energy_joules"] = *energy.joules - *energy_start.joules, record["energy_note"] = "the GPU alone, other programs on it included";
+      else record["energy_reason"] = energy.missing;
+      if (const auto bytes = device_peak_memory_bytes(device_)) record["peak_device_memory_bytes"] = *bytes;
       if (!reset) record["peak_memory_note"] = "peak since the process started: this kernel does not allow a reset";
       const StagePrediction& predicted = predictions_[stage.title];
       record["predicted"] = Json{{"seconds", predicted.seconds}, {"peak_memory_bytes", predicted.memory_bytes}, {"bytes", predicted.bytes}};

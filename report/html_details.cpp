@@ -225,7 +225,9 @@ std::string html_classes(const Json& report) {
 
 std::string html_predictions(const Json& report) {
   double longest = 0, largest = 0;
+  bool device = false;  // a run on the CPU has no column for a GPU
   for (const Json& stage : report.at("stages")) {
+    device = device || number_at(stage, "peak_device_memory_bytes");
     longest = std::max(longest, number_at(stage, "seconds").value_or(0));
     largest = std::max(largest, number_at(stage, "peak_memory_bytes").value_or(0));
   }
@@ -238,13 +240,18 @@ std::string html_predictions(const Json& report) {
     const bool far = ratio && (*ratio > 1.5 || *ratio < 0.667);
     return str("<td class=\"num\">", expected ? show_number(unit, *expected) : "–", ratio ? str(" <small class=\"", far ? "off" : "near", "\">", show_times(*ratio), "</small>") : std::string(), "</td>");
   };
+  const auto gpu = [&](const Json& stage) {
+    if (!device) return std::string();
+    const auto bytes = number_at(stage, "peak_device_memory_bytes"), joules = number_at(stage, "energy_joules");
+    return str("<td class=\"num\">", bytes ? show_number(Unit::bytes, *bytes) : "–", "</td><td class=\"num\">", joules ? show_number(Unit::joules, *joules) : "–", "</td>");
+  };
   for (const Json& stage : report.at("stages")) {
     const auto seconds = number_at(stage, "seconds"), cpu = number_at(stage, "cpu_seconds"), memory = number_at(stage, "peak_memory_bytes");
-    rows += str("<tr><td>", html_escape(stage.value("name", "")), stage.value("reused", false) ? " <span class=\"tag\">reused</span>" : "", "</td>", details_bar(longest > 0 ? seconds.value_or(0) / longest : 0, seconds ? show_number(Unit::seconds, *seconds) : "–"), predicted(stage, "seconds", Unit::seconds), "<td class=\"num\">", cpu ? show_number(Unit::seconds, *cpu) : "–", "</td>", details_bar(largest > 0 ? memory.value_or(0) / largest : 0, memory ? show_number(Unit::bytes, *memory) : "–"), predicted(stage, "peak_memory_bytes", Unit::bytes), predicted(stage, "bytes", Unit::bytes), "</tr>\n");
+    rows += str("<tr><td>", html_escape(stage.value("name", "")), stage.value("reused", false) ? " <span class=\"tag\">reused</span>" : "", "</td>", details_bar(longest > 0 ? seconds.value_or(0) / longest : 0, seconds ? show_number(Unit::seconds, *seconds) : "–"), predicted(stage, "seconds", Unit::seconds), "<td class=\"num\">", cpu ? show_number(Unit::seconds, *cpu) : "–", "</td>", details_bar(largest > 0 ? memory.value_or(0) / largest : 0, memory ? show_number(Unit::bytes, *memory) : "–"), predicted(stage, "peak_memory_bytes", Unit::bytes), gpu(stage), predicted(stage, "bytes", Unit::bytes), "</tr>\n");
   }
   const Json& totals = report.at("totals");
-  rows += str("<tr class=\"total\"><td>total</td><td class=\"num\">", show_number(Unit::seconds, number_at(totals, "seconds").value_or(0)), "</td><td></td><td class=\"num\">", number_at(totals, "cpu_seconds").value_or(0) > 0 ? show_number(Unit::seconds, *number_at(totals, "cpu_seconds")) : "–", "</td><td class=\"num\">", largest > 0 ? show_number(Unit::bytes, largest) : "–", "</td><td></td><td></td></tr>\n");
-  return details_section("cost", "Time and memory", "Measured, beside what <code>plan</code> predicted (× is measured over predicted). A reused stage shows the cost of its first run.", str("<div class=\"scroll\"><table><thead><tr><th>stage</th><th class=\"num\">time</th><th class=\"num\">predicted</th><th class=\"num\">CPU time</th><th class=\"num\">peak memory</th><th class=\"num\">predicted</th><th class=\"num\">size predicted</th></tr></thead><tbody>", rows, "</tbody></table></div>"));
+  rows += str("<tr class=\"total\"><td>total</td><td class=\"num\">", show_number(Unit::seconds, number_at(totals, "seconds").value_or(0)), "</td><td></td><td class=\"num\">", number_at(totals, "cpu_seconds").value_or(0) > 0 ? show_number(Unit::seconds, *number_at(totals, "cpu_seconds")) : "–", "</td><td class=\"num\">", largest > 0 ? show_number(Unit::bytes, largest) : "–", "</td><td></td>", device ? "<td></td><td></td>" : "", "<td></td></tr>\n");
+  return details_section("cost", "Time and memory", "Measured, beside what <code>plan</code> predicted (× is measured over predicted). A reused stage shows the cost of its first run.", str("<div class=\"scroll\"><table><thead><tr><th>stage</th><th class=\"num\">time</th><th class=\"num\">predicted</th><th class=\"num\">CPU time</th><th class=\"num\">peak memory</th><th class=\"num\">predicted</th>", device ? "<th class=\"num\">GPU memory</th><th class=\"num\">GPU energy</th>" : "", "<th class=\"num\">size predicted</th></tr></thead><tbody>", rows, "</tbody></table></div>"));
 }
 
 std::string html_lineage(const Json& report) {

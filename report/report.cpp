@@ -171,7 +171,7 @@ Json report_stage(const Json& stage, const Json& teacher, const ReportKinds& kin
   report_copy(stage, entry, {"stage", "key", "reused"});
   const Json& model = report_member(stage, "model", Json::value_t::object, place);
   report_model(model, entry, place);
-  report_copy(stage, entry, {"seconds", "cpu_seconds", "peak_memory_bytes", "energy_joules"});
+  report_copy(stage, entry, {"seconds", "cpu_seconds", "peak_memory_bytes", "peak_device_memory_bytes", "energy_joules"});
   // Of a stage the time and memory are those of making the model; those of using it have names of their own.
   if (const Json* memory = find_json(model, {"peak_memory_bytes"})) entry["inference_peak_memory_bytes"] = *memory;
   Json reasons = Json::object();

@@ -56,6 +56,18 @@ TEST_CASE("the options of `run` are frozen: new knobs go into the recipe", "[cli
   CHECK(options == std::vector<std::string>{"--out", "--set", "--device", "--resume", "--until", "--quiet", "--json", "--help"});
 }
 
+TEST_CASE("KOMPAKT_DEVICE is the device where the command line names none", "[cli]") {
+  const std::string recipe = (source_folder() / "recipes" / "quickstart.yaml").string();
+  ::setenv("KOMPAKT_DEVICE", "tpu", 1);
+  const Outcome unknown = kompakt_command("run " + recipe), named = kompakt_command("run " + recipe + " --device gpu");
+  ::unsetenv("KOMPAKT_DEVICE");
+  CHECK(unknown.code == 2);
+  // Where the teacher or the data are not there, the recipe is refused before the device is looked at.
+  if (unknown.text.find("device") == std::string::npos) return skip("the quickstart's teacher is not there");
+  CHECK(contains_all(unknown.text, {"unknown device", "tpu", "cpu, cuda, cuda:N"}));
+  CHECK(contains_all(named.text, {"unknown device", "gpu"}));
+}
+
 TEST_CASE("mistakes on the command line are exit code 2 with what to do", "[cli]") {
   const struct {
     const char* arguments;

@@ -131,6 +131,16 @@ TEST_CASE("the report of a language model run", "[report]") {
   const std::string html = report_html(report);
   check_page(html);
   CHECK(contains_all(html, {"windows of 512 tokens", "60 layers", "layers.29.down_proj"}));
+  CHECK(html.find("GPU memory") == std::string::npos);
+}
+
+TEST_CASE("a run on a GPU shows what it took there", "[report]") {
+  Json report = sample_report("smollm2");
+  Json& stage = report["stages"][0];
+  stage["peak_device_memory_bytes"] = 3250000000, stage["energy_joules"] = 5400.0;
+  const std::string html = report_html(report);
+  check_page(html);
+  CHECK(contains_all(html, {"GPU memory", "GPU energy", "3.25 GB"}));
 }
 
 TEST_CASE("the page holds every part", "[report]") {
