@@ -13,7 +13,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr std::string_view packed_formats[] = {"ternary", "four_level", "int3_signed", "int4_signed", "q4_0", "q5_0", "q8_0"};
+constexpr std::string_view packed_formats[] = {"ecq1_5", "ecq2", "ecq2_5", "ecq3", "ecq3_5", "ecq4", "ecq5", "ecq6", "int8"};
 constexpr std::string_view gguf_formats[] = {"tq1_0", "tq2_0", "q2_0", "q2_k", "q3_k", "iq4_xs", "q4_0", "q4_k", "iq4_nl", "q4_1", "q5_0", "q5_k", "q5_1", "q6_k", "q8_0"};
 
 bool holds_anything(const GridSpec&, std::int64_t, std::string&) { return true; }

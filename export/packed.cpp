@@ -1,5 +1,5 @@
 // The packed folder. model.safetensors holds, for a quantized matrix NAME [N,K] with groups of g columns:
-//   NAME.codes   U8 [bytes]        rows of codes packed as the grid says
+//   NAME.codes   U8 [bytes]        rows of codes packed as the grid says, or of all rows together by their entropy (quantize/entropy_code.h)
 //   NAME.scales  F16|F32 [N, K/g]  F16 when every value is a half exactly
 //   NAME.offsets likewise, asymmetric grids only
 // or, for grids of super-blocks,
@@ -7,6 +7,7 @@
 // and every other tensor under its own name as F16 when that is exact, else F32. config.json has "kompakt": {"packed":
 // {"version": 1, "tensors": {NAME: {"grid","group","rows","columns"}}}}. Nothing is rounded here.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <set>
 #include <stdexcept>
@@ -93,10 +94,7 @@ at::Tensor packed_decode(const SafetensorsFile& file, const std::string& name, c
   }
   if (!at::isfinite(values.scales).all().item<bool>() || (values.offsets.defined() && !at::isfinite(values.offsets).all().item<bool>())) throw Error("a scale or an offset is not finite").at(place);
   if (codes.dtype != DType::u8) throw Error("the codes have the wrong type").at(place).given(std::string(name_of(codes.dtype))).allowed("U8");
-  // Rows are packed to whole bytes, so one row tells the size of all.
-  const std::size_t expected = entry.spec.grid->pack(at::zeros({1, entry.columns}, at::kChar)).size() * static_cast<std::size_t>(entry.rows);
-  if (codes.bytes.size() != expected) throw Error("the packed codes have the wrong size").at(place).given(str(codes.bytes.size(), " bytes")).allowed(str(expected, " bytes"));
-  values.codes = entry.spec.grid->unpack(codes.bytes, entry.rows, entry.columns);
+  values.codes = read_codes(*entry.spec.grid, codes.bytes, entry.rows, entry.columns, place);
   return decode(entry.spec, values);
 }
 
@@ -105,7 +103,7 @@ at::Tensor packed_decode(const SafetensorsFile& file, const std::string& name, c
 std::vector<std::string> packed_obstacles(const ModelConfig&, const std::map<std::string, GridSpec>&) { return {}; }
 
 std::int64_t packed_tensor_bytes(const GridSpec& spec, std::int64_t rows, std::int64_t columns) {
-  if (spec.grid->kquant) return spec.packed_bytes(rows, columns);
+  if (spec.grid->kquant || spec.grid->entropy_coded()) return spec.packed_bytes(rows, columns);
   // An integer zero point is written as the offset that it stands for, scale times zero: a float32, as a half rarely holds it.
   const std::int64_t side = 2 + (spec.grid->asymmetric ? (spec.grid->integer_zero ? 4 : 2) : 0);
   return rows * (spec.grid->layout.row_bytes(columns) + side * spec.scale_count(columns));
@@ -134,7 +132,7 @@ std::int64_t packed_file_bytes(const ArtifactShape& shape) {
       add(owner + ".blocks", DType::u8, {rows, spec.packed_bytes(1, columns)});
       continue;
     }
-    add(owner + ".codes", DType::u8, {rows * spec.grid->layout.row_bytes(columns)});
+    add(owner + ".codes", DType::u8, {spec.grid->entropy_coded() ? spec.packed_bytes(rows, columns) - 2 * rows * groups : rows * spec.grid->layout.row_bytes(columns)});
     add(owner + ".scales", DType::f16, {rows, groups});
     if (spec.grid->asymmetric) add(owner + ".offsets", spec.grid->integer_zero ? DType::f32 : DType::f16, {rows, groups});
   }
@@ -162,7 +160,7 @@ void write_packed(const ExportRequest& request, const fs::path& folder) {
       tensors.push_back(make_tensor(owner + ".blocks", DType::u8, {quantized.codes.size(0), spec.packed_bytes(1, quantized.codes.size(1))}, kquant_blocks(*spec.grid, quantized)));
       continue;
     }
-    std::vector<std::byte> codes = spec.grid->pack(quantized.codes);
+    std::vector<std::byte> codes = stored_codes(*spec.grid, quantized.codes);
     const auto size = static_cast<std::int64_t>(codes.size());
     tensors.push_back(make_tensor(owner + ".codes", DType::u8, {size}, std::move(codes)));
     tensors.push_back(packed_float(owner + ".scales", quantized.scales));
@@ -192,7 +190,8 @@ std::unique_ptr<Transformer> reopen_packed(const fs::path& folder) {
   }
   const std::map<std::string, PackedEntry> entries = packed_entries(folder);
   const SafetensorsFile file = SafetensorsFile::open(folder / "model.safetensors");
-  auto model = std::make_unique<Transformer>(config);
+  auto model = std::make_unique<Transformer>(config, 0, c10::Device(c10::kMeta));  // no weights are drawn that would be replaced
+  const at::NoGradGuard no_grad;
   std::set<std::string> used;
   for (const NamedParameter& parameter : model->parameters()) {
     const std::string owner = packed_owner(parameter.name);

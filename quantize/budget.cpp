@@ -15,6 +15,8 @@
 #include "model/families.h"
 #include "quantize/activation_rounding.h"
 #include "quantize/budget_probe.h"
+#include "quantize/compensation.h"
+#include "quantize/entropy_steps.h"
 #include "quantize/knapsack.h"
 #include "quantize/methods.h"
 #include "quantize/sensitivity.h"
@@ -76,6 +78,11 @@ std::map<std::string, double> budget_costs(const BudgetTensor& tensor, const Ten
   return costs;
 }
 
+at::Tensor budget_rows(const Json& saved) {
+  if (!saved.contains("row_importance")) return {};
+  return at::tensor(saved.at("row_importance").get<std::vector<double>>(), at::kDouble);
+}
+
 class BudgetAllocation {
  public:
   BudgetAllocation(Transformer& model, const QuantizeOptions& options, StageContext& context, const BudgetTarget& target, BudgetFrame frame)
@@ -91,7 +98,7 @@ class BudgetAllocation {
     if (!context_.work.empty() && context_.resume && std::filesystem::exists(file)) {
       const Json saved = read_json(file);
       for (const BudgetTensor& tensor : frame_.tensors)
-        sensitivities_[tensor.name] = {saved.at(tensor.name).at("divergence").get<std::vector<double>>(), saved.at(tensor.name).at("relative_error").get<std::vector<double>>()};
+        sensitivities_[tensor.name] = {saved.at(tensor.name).at("divergence").get<std::vector<double>>(), saved.at(tensor.name).at("relative_error").get<std::vector<double>>(), budget_rows(saved.at(tensor.name))};
       log_info("  sensitivities taken from the interrupted run");
       return;
     }
@@ -111,11 +118,24 @@ class BudgetAllocation {
         return at::Tensor(weight - decode(spec, method.quantize({weight, hessian, {}}, spec, layer).quantized));
       };
     }
+    if (options_.budget.errors == "rounding" && method.needs_calibration) {
+      const std::string head = model_.lm_head.weight.defined() ? model_.lm_head.name : model_.tokens.name;
+      request.reduction = [&, head](const std::string& name, const at::Tensor& inputs) { return name == head && !options_.calibrate_head ? 1.0 : compensation_ratio(inputs, options_.damping); };
+    }
     sensitivities_ = measure_sensitivities(model_, set_, request);
     progress.finish();
+    // Errors were measured under the grids' own steps; rows that share out their bits do better.
+    for (const BudgetTensor& tensor : frame_.tensors) {
+      TensorSensitivity& s = sensitivities_.at(tensor.name);
+      if (s.row_importance.defined()) s.row_importance = s.row_importance.contiguous();
+      for (std::size_t f = 0; f < tensor.formats.size(); ++f) s.divergence[f] *= entropy_row_gain(tensor.formats[f], *find_quantizable(model_, tensor.name).weight, s.row_importance);
+    }
     if (context_.work.empty()) return;
     Json saved = Json::object();
-    for (const auto& [name, s] : sensitivities_) saved[name] = Json{{"divergence", s.divergence}, {"relative_error", s.relative_error}};
+    for (const auto& [name, s] : sensitivities_) {
+      saved[name] = Json{{"divergence", s.divergence}, {"relative_error", s.relative_error}};
+      if (s.row_importance.defined()) saved[name]["row_importance"] = std::vector<double>(s.row_importance.const_data_ptr<double>(), s.row_importance.const_data_ptr<double>() + s.row_importance.numel());
+    }
     write_json(file, saved);
   }
 
@@ -191,6 +211,13 @@ class BudgetAllocation {
     }
     out["formats"] = std::move(rows);
     return plan;
+  }
+
+  std::map<std::string, at::Tensor> row_importance() const {
+    std::map<std::string, at::Tensor> out;
+    for (const auto& [name, s] : sensitivities_)
+      if (s.row_importance.defined()) out[name] = s.row_importance;
+    return out;
   }
 
   const CalibrationSet& set() const { return set_; }
@@ -350,6 +377,7 @@ QuantizedModel quantize_within_budget(Transformer& model, const QuantizeOptions&
   Json report = {{"limit", allocation.frame().limit}, {"format", target.format}, {"smallest_bytes", allocation.frame().smallest_bytes}, {"largest_bytes", allocation.frame().largest_bytes}};
   QuantizationPlan plan;
   plan.tensors = allocation.choose(report);
+  plan.row_importance = allocation.row_importance();
   report["tokens"] = allocation.set().tokens;
   report["left_out"] = allocation.frame().left_out;
   report["calibration_sha256"] = allocation.set().hash;
@@ -362,6 +390,15 @@ QuantizedModel quantize_within_budget(Transformer& model, const QuantizeOptions&
 
   const BudgetProbe probe(model, allocation.set());
   QuantizedModel result = quantize(model, options, objectives, context, &plan);
+  std::int64_t surplus = 0;  // of entropy-coded tensors, whose size is known now
+  for (const auto& [name, values] : result.tensors) {
+    const GridSpec& spec = result.plan.tensors.at(name);
+    surplus += stored_bytes(spec, values) - spec.packed_bytes(values.codes.size(0), values.codes.size(1));
+  }
+  const std::int64_t bytes = report.at("predicted_bytes").get<std::int64_t>() + surplus, limit = allocation.frame().limit;
+  report["bytes_after_quantization"] = bytes;
+  if (bytes > limit)
+    throw Error(str("the codes take ", bytes - limit, " bytes more than the budget: entropy-coded grids were expected to take ", surplus, " less")).at("quantize.budget").given(human_bytes(static_cast<double>(limit))).hint(str("ask for ", limit - 2 * (bytes - limit), " bytes"));
   const double measured = probe.divergence(model);
   report["measured_kl_calibration"] = measured;
   report["measured_over_predicted"] = predicted > 0 ? Json(measured / predicted) : Json();

@@ -10,6 +10,7 @@
 #include "core/text.h"
 #include "model/parallel.h"
 #include "quantize/code_rule.h"
+#include "quantize/entropy_steps.h"
 #include "quantize/factors.h"
 #include "quantize/grid_math.h"
 #include "quantize/kquant.h"
@@ -47,7 +48,7 @@ std::vector<std::pair<std::int64_t, std::int64_t>> gptq_blocks(const ColumnOrder
 }
 
 template <class Real>
-LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width) {
+LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width, const at::Tensor& steps) {
   const auto type = sizeof(Real) == 8 ? at::kDouble : at::kFloat;
   const Grid& grid = *spec.grid;
   const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.span_for(columns), groups = spec.scale_count(columns);
@@ -71,6 +72,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
   float* offsets = grid.asymmetric ? q.offsets.data_ptr<float>() : nullptr;
   at::Tensor loss = at::zeros({rows}, at::kDouble);
   double* row_loss = loss.data_ptr<double>();
+  const float* fixed = steps.defined() ? steps.const_data_ptr<float>() : nullptr;  // scales that are known already
   const CodeRule rule(grid);
   const auto blocks = gptq_blocks(order, block_width);
   // Chunks of rows run through the whole sweep alone, products included: the split, and so every bit, is independent of threads.
@@ -113,7 +115,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
                 if (!(needed < grid::largest_half)) throw Error(str("row ", r, " needs a scale of ", needed, ", more than half precision holds")).hint("keep this tensor in float (keep_float), or raise damping");
               } else {
                 if (!scratch.load(values.data(), nullptr, n)) throw not_finite();
-                s = grid.fit(scratch);
+                s = fixed ? GroupScale{fixed[r], 0} : grid.fit(scratch);
                 inverse = grid::inverse_scale(s.scale);
                 scales[at] = s.scale;
                 if (offsets) offsets[at] = s.offset;
@@ -156,7 +158,8 @@ LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const L
   // A column whose input is always zero costs nothing: its weights are free and become zero.
   if (factors.dead_count > 0) weight = weight.masked_fill(factors.dead.unsqueeze(0), 0);
   const std::int64_t width = std::max<std::int64_t>(1, options.block);
-  LayerResult result = options.float64 ? gptq_sweep<double>(weight, input.mask, factors.factor, factors.order, spec, width) : gptq_sweep<float>(weight, input.mask, factors.factor, factors.order, spec, width);
+  const at::Tensor steps = entropy_row_steps(spec, weight, input.row_importance);
+  LayerResult result = options.float64 ? gptq_sweep<double>(weight, input.mask, factors.factor, factors.order, spec, width, steps) : gptq_sweep<float>(weight, input.mask, factors.factor, factors.order, spec, width, steps);
   result.damping = factors.factor.damping, result.path = factors.factor.path, result.dead = factors.dead_count;
   return result;
 }

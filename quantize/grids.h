@@ -59,6 +59,10 @@ struct Grid {
   bool integer_zero;          // asymmetric: offset = -scale * z with an integer z in code_min..code_max (else a half-precision minimum)
   // Super-blocks of 256 whose scales are found together and are products of a half and an integer (kquant.h); null on other grids.
   const KQuant* kquant = nullptr;
+  // Above zero: steps of this share of a row's root mean square, and exporters that can do so store the codes with as many bits as they
+  // are surprising (entropy_code.h). code_bits is then what normally distributed weights need; the real size is known once there are codes.
+  double entropy_step = 0;
+  bool entropy_coded() const { return entropy_step > 0; }
 };
 
 std::span<const Grid> grids();
@@ -75,9 +79,16 @@ struct GridSpec {
   double bits_per_weight(std::int64_t columns) const;  // with scales
   std::int64_t scale_count(std::int64_t columns) const;  // G, scales a row
   // Bytes of codes, scales (two each) and offsets (two each, or one for an integer zero) as quantization.safetensors holds them;
-  // of ggml's blocks where the grid is one of super-blocks.
+  // of ggml's blocks where the grid is one of super-blocks; of an entropy-coded grid what is expected in a packed file.
   std::int64_t packed_bytes(std::int64_t rows, std::int64_t columns) const;
 };
+
+// Codes as packed files hold them: grid.pack, or by their entropy where the grid is of that kind. Reading throws Error at `place` when the bytes
+// do not fit.
+std::vector<std::byte> stored_codes(const Grid& grid, const at::Tensor& codes);
+at::Tensor read_codes(const Grid& grid, std::span<const std::byte> bytes, std::int64_t rows, std::int64_t columns, const std::string& place);
+// packed_bytes of the shape; of an entropy-coded grid what these codes really take.
+std::int64_t stored_bytes(const GridSpec& spec, const Quantized& values);
 
 // "groups of 64", or "super-blocks of 256": what a row must divide into.
 std::string grid_span_name(const GridSpec& spec);

@@ -32,6 +32,7 @@ struct LayerInput {
   // Given to every linear with this input, so that what depends on the input alone is computed once; null = nothing is kept.
   std::shared_ptr<InputFactors> factors = {};
   at::Tensor mask = {};  // [N,K] bool, false = the weight is zero and stays so; undefined = all may differ from zero
+  at::Tensor row_importance = {};  // [N] what an error of a row costs; entropy-coded grids choose their steps by it; undefined = all the same
 };
 
 struct LayerResult {

@@ -70,6 +70,7 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.section("kv_cache", options.has_kv_cache, "keys and values are rounded, with calibrated scales per layer", [&](FieldVisitor& inner) { fields(inner, options.kv_cache); });
   visitor.choice("others", options.others, "type of tensors without a grid", {"f32", "f16"});
   visitor.choice("sweep_precision", options.sweep_precision, "number type of the inputs' second moments, of factorization and sweep", {"float32", "float64"});
+  visitor.flag("calibrate_head", options.calibrate_head, "decoders: the output matrix over the vocabulary, a tied embedding included, is chosen by its inputs like a linear of a block; false = it is rounded");
   visitor.flag("bias_correction", options.bias_correction, "where a layer has a bias, codes are chosen for the covariance of its inputs and the bias takes the mean error");
   visitor.flag("spill", options.spill, "keep the activations of the calibration set on disk: less memory, a little slower");
   visitor.flag("layer_table", options.layer_table, "print the table of layers when the stage is done");

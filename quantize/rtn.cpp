@@ -1,20 +1,34 @@
 // Round to nearest: the data-free method and the last step of quantization-aware training; and the table of methods.
+#include "quantize/entropy_steps.h"
 #include "quantize/methods.h"
 
 #include <ATen/ATen.h>
 
 namespace kompakt {
 
+namespace {
+
+Quantized rtn_encode(const LayerInput& input, const GridSpec& spec, const at::Tensor& importance) {
+  const at::Tensor steps = entropy_row_steps(spec, input.weight, input.row_importance);
+  if (!steps.defined()) return encode(spec, input.weight, importance);
+  Quantized out;
+  out.scales = steps.unsqueeze(1).to(input.weight.device());
+  out.codes = spec.grid->codes_for(input.weight, out.scales, {}, spec.group);
+  return out;
+}
+
+}  // namespace
+
 LayerResult quantize_rtn(const LayerInput& input, const GridSpec& spec, const LayerOptions&) {
   LayerResult result;
-  result.quantized = encode(spec, input.weight);
+  result.quantized = rtn_encode(input, spec, {});
   result.path = "rtn";
   return result;
 }
 
 LayerResult quantize_imatrix(const LayerInput& input, const GridSpec& spec, const LayerOptions&) {
   LayerResult result;
-  result.quantized = encode(spec, input.weight, input.hessian.defined() ? input.hessian.diagonal() : at::Tensor());
+  result.quantized = rtn_encode(input, spec, input.hessian.defined() ? input.hessian.diagonal() : at::Tensor());
   result.path = "rtn";
   return result;
 }

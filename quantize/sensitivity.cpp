@@ -62,6 +62,7 @@ class SensitivityPass {
     for (const auto& [name, sums] : sums_) {
       TensorSensitivity& tensor = out[name];
       tensor.relative_error = relative_[name];
+      if (const auto rows = rows_.find(name); rows != rows_.end()) tensor.row_importance = rows->second / static_cast<double>(std::max<std::int64_t>(1, predictions_));
       for (const double sum : sums) tensor.divergence.push_back(0.5 * sum / static_cast<double>(std::max<std::int64_t>(1, predictions_)));
     }
     return out;
@@ -196,8 +197,10 @@ class SensitivityPass {
       }
       square += part.square().sum(at::kDouble).item<double>();
     }
+    const double reduction = formats && request_.reduction ? request_.reduction(name, hidden) : 1;
     for (std::size_t f = 0; f < products.size(); ++f) {
-      sums_[name][f] += (products[f] * hidden).sum(1).to(at::kDouble).square().sum().item<double>();
+      const bool feeds_back = (*formats)[f].grid->code_bits < 8;
+      sums_[name][f] += (feeds_back ? reduction : 1) * (products[f] * hidden).sum(1).to(at::kDouble).square().sum().item<double>();  // heads on eight bits are rounded
       relative_[name][f] = square > 0 ? errors[f] / square : 0;
     }
     if (formats) done();
@@ -214,6 +217,13 @@ class SensitivityPass {
     return at::zeros({ids.size(0)}, wide.options()).index_add_(0, positions.floor_divide(ids.size(1)), wide).square().sum().item<double>();
   }
 
+  // [N] to the sums of a matrix.
+  void add_rows(const std::string& name, const at::Tensor& sums) {
+    const at::Tensor host = sums.to(at::kCPU, at::kDouble);
+    const auto [at, fresh] = rows_.try_emplace(name, host);
+    if (!fresh) at->second = at->second + host;
+  }
+
   // Per batch inputs [n,K] and output gradients [n,N] of one matrix.
   void score(const Linear& linear, const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& gradients) {
     const at::NoGradGuard no_grad;
@@ -226,10 +236,11 @@ class SensitivityPass {
     if (in_block) fit = at::cat(std::vector<at::Tensor>(inputs.begin(), half > 0 ? inputs.begin() + static_cast<std::ptrdiff_t>(half) : inputs.end()));
     double scored = 0, all = 0;
     for (std::size_t b = 0; b < inputs.size(); ++b) {
+      add_rows(linear.name, at::mv(gradients[b].square().t(), inputs[b].square().sum(1)));
       all += static_cast<double>(inputs[b].size(0));
       if (b >= half) scored += static_cast<double>(inputs[b].size(0));
     }
-    const double square = weight.square().sum(at::kDouble).item<double>();
+    const double square = weight.square().sum(at::kDouble).item<double>(), reduction = in_block && request_.reduction ? request_.reduction(linear.name, fit) : 1;
     for (std::size_t f = 0; f < formats->size(); ++f) {
       check_interrupted();
       const at::Tensor error = request_.error(weight, (*formats)[f], fit);
@@ -239,7 +250,7 @@ class SensitivityPass {
         const at::Tensor product = narrow ? at::matmul(inputs[b], error.t()) * gradients[b] : at::matmul(gradients[b], error) * inputs[b];
         sum += in_block ? sum_of_squares(product.sum(1), b) : product.sum(1).to(at::kDouble).square().sum().item<double>();
       }
-      sums_[linear.name][f] += scored > 0 ? sum * all / scored : 0;
+      sums_[linear.name][f] += scored > 0 ? reduction * sum * all / scored : 0;
       relative_[linear.name][f] = square > 0 ? error.square().sum(at::kDouble).item<double>() / square : 0;
     }
     done();
@@ -316,6 +327,7 @@ class SensitivityPass {
   std::vector<std::vector<at::Tensor>> states_;  // [layer][batch]: inputs of blocks, and what comes after the last
   std::vector<at::Tensor> gradients_;            // per batch, of the input of the block that was last gone back through
   std::map<std::string, std::vector<double>> sums_, relative_;
+  std::map<std::string, at::Tensor> rows_;  // sums for row_importance
   std::int64_t predictions_ = 0, done_ = 0;
 };
 

@@ -35,6 +35,9 @@ at::Tensor rounding_error(const at::Tensor& weight, const GridSpec& spec, const 
 struct SensitivityRequest {
   std::map<std::string, std::vector<GridSpec>> formats;  // by matrix name; others are not looked at
   ErrorOf error = rounding_error;
+  // Where given: what the method's own compensation makes of the output error of a matrix with these inputs [n,K] (compensation.h). Divergences
+  // are multiplied by it; of a tied embedding the output's part alone.
+  std::function<double(const std::string& name, const at::Tensor& inputs)> reduction;
   bool split = false;  // errors are fitted on the first half of the batches and scored on the second (for methods that use data)
   std::uint64_t seed = 0;
   std::function<void(std::int64_t done)> progress;  // matrices
@@ -46,6 +49,9 @@ struct SensitivityRequest {
 struct TensorSensitivity {
   std::vector<double> divergence;      // nats a prediction, per format
   std::vector<double> relative_error;  // |E|^2 / |W|^2 (of an untied embedding: of the rows that occur)
+  // [N] float64, CPU: mean over tokens of g_r^2 |x|^2, what noise in a row costs. Of linears alone: every token has a word about each of
+  // their rows, while most rows of an embedding are never seen.
+  at::Tensor row_importance;
 };
 
 // Decoders (a prediction is a token) and classifiers (a prediction is a text). The model's weights are read only; gradients of

@@ -68,7 +68,7 @@ class QuantizeRun {
       calibrate();
     else
       round_tensors(true);
-    progress.finish(str(result_.tensors.size(), " tensors, ", human_bytes(static_cast<double>(packed_bytes_))));
+    progress.finish(str(result_.tensors.size(), " tensors, ", human_bytes(static_cast<double>(packed_bytes()))));
     if (options_.tunes_model()) {
       round_while_training(model_, options_, result_.plan.tensors);
       tune_model(original, objectives);
@@ -117,6 +117,7 @@ class QuantizeRun {
   void round_tensors(bool linears) {
     for (const QuantizableTensor& tensor : quantizable_tensors(model_)) {
       if (!result_.plan.tensors.count(tensor.name) || (tensor.role == QuantizableRole::linear && !linears)) continue;
+      if (!linears && calibrates_head() && tensor.name == head_name()) continue;
       round_tensor(tensor);
       if (linears) release_pages(*tensor.weight);
     }
@@ -127,6 +128,11 @@ class QuantizeRun {
     return found == context_.masks.end() ? at::Tensor() : found->second;
   }
 
+  at::Tensor row_importance(const std::string& name) const {
+    const auto found = result_.plan.row_importance.find(name);
+    return found == result_.plan.row_importance.end() ? at::Tensor() : found->second;
+  }
+
   void round_tensor(const QuantizableTensor& tensor) {
     check_interrupted();
     const auto start = std::chrono::steady_clock::now();
@@ -134,7 +140,7 @@ class QuantizeRun {
     LayerResult layer;
     try {
       // Embedding and head by rounding; data-free methods round everything themselves.
-      layer = (method_.needs_calibration ? quantize_rtn : method_.quantize)({tensor.weight->detach(), {}, {}, {}}, spec, layer_options_);
+      layer = (method_.needs_calibration ? quantize_rtn : method_.quantize)({tensor.weight->detach(), {}, {}, {}, {}, row_importance(tensor.name)}, spec, layer_options_);
     } catch (Error& error) {
       throw error.place().empty() ? error.at(tensor.name) : error;
     }
@@ -173,12 +179,55 @@ class QuantizeRun {
         if (options_.tunes_blocks() && layers_.size() > first_row) tune_one_block(calibration, layer, original, first_row);
         save_block(records, layer, first_row);
       }
-      if (layer >= known && layer + 1 < blocks) {
+      if (layer >= known && (layer + 1 < blocks || calibrates_head())) {
         calibration.advance(layer, original);
         records.save_activations(layer + 1, calibration);
       }
       for (const NamedParameter& parameter : block_parameters(block)) release_pages(*parameter.value);
     }
+    if (calibrates_head()) calibrate_head(calibration);
+  }
+
+  std::string head_name() const { return model_.lm_head.weight.defined() ? model_.lm_head.name : model_.tokens.name; }
+
+  // Whether the output matrix over the vocabulary is chosen by its inputs too, or rounded like other tensors outside of blocks. Grids of
+  // eight bits gain nothing that would be seen.
+  bool calibrates_head() const {
+    const auto found = result_.plan.tensors.find(head_name());
+    return options_.calibrate_head && method_.needs_calibration && !model_.config().family->encoder && found != result_.plan.tensors.end() && found->second.grid->code_bits < 8 && !context_.masks.count(head_name());
+  }
+
+  // Behind the last block, where its inputs are known. A tied embedding is the same matrix: predictions feel its errors as an output by an
+  // order of magnitude more than as an input. In chunks of rows, which are independent.
+  void calibrate_head(SequentialCalibration& calibration) {
+    const auto start = std::chrono::steady_clock::now();
+    const QuantizableTensor tensor = find_quantizable(model_, head_name());
+    const GridSpec& spec = result_.plan.tensors.at(tensor.name);
+    const SecondMoments moments = calibration.moments(static_cast<std::int64_t>(model_.blocks.size()), BlockPart::attention, {});
+    const at::Tensor hessian = moments.hessian.to(at::kCPU), weight = tensor.weight->detach().to(at::kCPU);
+    const auto factors = std::make_shared<InputFactors>();
+    LayerResult whole;
+    std::vector<at::Tensor> codes, scales, offsets;
+    constexpr std::int64_t chunk = 8192;
+    for (std::int64_t first = 0; first < weight.size(0); first += chunk) {
+      check_interrupted();
+      LayerResult part;
+      try {
+        part = method_.quantize({weight.slice(0, first, std::min(weight.size(0), first + chunk)), hessian, {}, factors}, spec, layer_options_);
+      } catch (Error& error) {
+        throw error.place().empty() ? error.at(tensor.name) : error;
+      }
+      codes.push_back(part.quantized.codes), scales.push_back(part.quantized.scales);
+      if (part.quantized.offsets.defined()) offsets.push_back(part.quantized.offsets);
+      whole.damping = part.damping, whole.path = part.path, whole.dead = part.dead, whole.sweep_loss += part.sweep_loss;
+      whole.objective.resize(part.objective.size(), 0.0);
+      for (std::size_t i = 0; i < part.objective.size(); ++i) whole.objective[i] += part.objective[i];
+    }
+    whole.quantized = {at::cat(codes), at::cat(scales), offsets.empty() ? at::Tensor() : at::cat(offsets)};
+    Json row = describe_layer(tensor.name, spec, weight, whole.quantized);
+    describe_output(row, spec, weight, whole, moments);
+    row["seconds"] = seconds_since(start);
+    store(tensor, spec, std::move(whole.quantized), std::move(row));
   }
 
   void describe_calibration(const CalibrationSet& set) {
@@ -231,7 +280,7 @@ class QuantizeRun {
       Linear* linear = linears[i];
       const SecondMoments& moments = all_moments[std::min(i, all_moments.size() - 1)];
       const auto& factors = all_factors[std::min(i, all_factors.size() - 1)];
-      const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors, mask_of(linear->name)};
+      const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors, mask_of(linear->name), row_importance(linear->name)};
       const GridSpec& spec = result_.plan.tensors.at(linear->name);
       LayerResult layer_result;
       try {
@@ -308,13 +357,18 @@ class QuantizeRun {
     records.save(layer, model_, block, rows);
   }
 
+  std::int64_t packed_bytes() const {
+    std::int64_t bytes = 0;
+    for (const auto& [name, values] : result_.tensors) bytes += stored_bytes(result_.plan.tensors.at(name), values);
+    return bytes;
+  }
+
   static double seconds_since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
 
   void store(const QuantizableTensor& tensor, const GridSpec& spec, Quantized quantized, Json row) {
     std::string note = str(tensor.name, " ", spec.grid->name, " error ", fixed(row.at("error").get<double>(), 4));
     if (row.contains("output_error")) note += str(" output ", fixed(row.at("output_error").get<double>(), 4));
     layers_.push_back(std::move(row));
-    packed_bytes_ += spec.packed_bytes(tensor.weight->size(0), tensor.weight->size(1));
     weights_ += tensor.weight->numel();
     put_decoded(*tensor.weight, spec, quantized);
     result_.tensors[tensor.name] = std::move(quantized);
@@ -350,8 +404,9 @@ class QuantizeRun {
       if (unsteady > 0)
         log_warning(str(context_.title, ": in ", unsteady, " of ", layers_.size(), " layers the errors on the two halves of the calibration set differ by more than the method gains over rounding: give more calibration data"));
     }
-    details["packed_bytes"] = packed_bytes_;
-    details["bits_per_quantized_weight"] = weights_ > 0 ? 8.0 * static_cast<double>(packed_bytes_) / static_cast<double>(weights_) : 0.0;
+    const std::int64_t bytes = packed_bytes();
+    details["packed_bytes"] = bytes;
+    details["bits_per_quantized_weight"] = weights_ > 0 ? 8.0 * static_cast<double>(bytes) / static_cast<double>(weights_) : 0.0;
     details["fallbacks"] = result_.plan.fallbacks;
     details["quantize_seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - started_).count();
   }
@@ -368,7 +423,7 @@ class QuantizeRun {
   Progress* progress_ = nullptr;
   std::unique_ptr<TeacherSource> own_teacher_;
   Json layers_ = Json::array(), tuning_;
-  std::int64_t packed_bytes_ = 0, weights_ = 0;
+  std::int64_t weights_ = 0;
 };
 
 }  // namespace

@@ -68,6 +68,7 @@ struct QuantizeOptions {
   std::int64_t calibration_sequences = 128;
   std::string token_weights = "uniform";    // row of the table of token weights (quantize/token_weights.h)
   std::string sweep_precision = "float32";  // of moments, factorization and sweep: float32 | float64
+  bool calibrate_head = true;               // the output matrix by its inputs, behind the last block
   bool bias_correction = true;              // a bias takes the mean error of its layer's outputs
   bool spill = false;                       // activations of the calibration set in the working folder instead of in memory
   bool layer_table = false;                 // print the table of layers at the end
@@ -94,6 +95,7 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options);
 struct QuantizationPlan {
   std::map<std::string, GridSpec> tensors;  // absent = float
   std::vector<std::string> fallbacks;       // sentences for the report
+  std::map<std::string, at::Tensor> row_importance;  // [N] by name, for entropy-coded grids; empty = rows count all the same
 };
 // Tuning that the options ask for and that the model, the method or a grid named in them cannot have.
 void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);

@@ -18,7 +18,7 @@ readonly torch_wheels=(torch==2.15.0 nvidia-cuda-runtime==13.2.86 nvidia-cuda-cu
 readonly packages=(
   g++ cmake ninja-build ccache pkg-config git ca-certificates
   python3 python3-venv
-  libcxxopts-dev libyaml-cpp-dev libhdf5-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libssl-dev libzstd-dev
+  libcxxopts-dev libyaml-cpp-dev libhdf5-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev libssl-dev libzstd-dev zlib1g-dev
   libpugixml-dev libgloo-dev catch2 xz-utils
 )
 

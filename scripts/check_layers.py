@@ -46,6 +46,7 @@ ONE_DOOR = {
     "OpenSSL": r"openssl/",
     "pugixml": r"pugixml\.hpp",
     "zstd": r"z(std|dict)(_errors)?\.h$",
+    "zlib": r"zlib\.h$",
     "sentencepiece": r"sentencepiece",
     "ONNX": r"onnx(/|\.pb\.h)",
     "Gloo": r"gloo/|torch/csrc/distributed/c10d/ProcessGroupGloo",

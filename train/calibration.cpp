@@ -215,7 +215,8 @@ void SequentialCalibration::compute_teacher(std::int64_t layer, int parts, const
 
 at::Tensor SequentialCalibration::part_input(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t batch) const {
   at::Tensor x;
-  switch (part) {
+  if (layer == static_cast<std::int64_t>(model_.blocks.size())) x = model_.final_norm.weight.defined() ? model_.final_norm.forward(stream.x.get(batch)) : stream.x.get(batch);
+  else switch (part) {
     case BlockPart::attention: x = model_.attention_input(layer, stream.x.get(batch)); break;
     case BlockPart::output: x = stream.context.get(batch); break;
     case BlockPart::feed_forward: x = model_.mlp_input(layer, stream.h.get(batch)); break;

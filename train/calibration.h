@@ -77,7 +77,8 @@ class SequentialCalibration {
 
   // Moments of the input of `part` in block `layer`, whose earlier parts must hold their final weights. Parts are asked for in
   // their order, any may be left out. `original` are the teacher's parameters of the block by name, put in place for
-  // its pass; names that it lacks keep the present value.
+  // its pass; names that it lacks keep the present value. `layer` = the number of blocks, part attention: what the head reads, behind all
+  // blocks.
   SecondMoments moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original);
   // The same with weighted tokens, E[w x x^T] / E[w] and so on, for several weights at once: of each, a tensor [tokens] a batch.
   std::vector<SecondMoments> moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original, const std::vector<const std::vector<at::Tensor>*>& weights);

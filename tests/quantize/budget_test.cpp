@@ -59,6 +59,27 @@ struct BudgetRun {
 
 }  // namespace
 
+TEST_CASE("entropy-coded grids keep to the budget with the size that their codes really have", "[quantize][budget][entropy]") {
+  for (const double part : {0.2, 0.5, 0.9}) {
+    BudgetRun r;
+    r.options.budget.formats = {"ecq2", "ecq3", "ecq4", "ecq6"};
+    r.options.budget.bytes = 1 << 30;
+    const BudgetFrame frame = budget_frame(r.model->config(), r.options, budget_test_target(*r.model));
+    r.options.budget.bytes = frame.smallest_bytes + static_cast<std::int64_t>(part * static_cast<double>(frame.largest_bytes - frame.smallest_bytes));
+    CAPTURE(part);
+    const QuantizedModel result = r.run();
+    const Json& budget = r.details.at("budget");
+    std::int64_t bytes = budget.at("predicted_bytes").get<std::int64_t>();
+    for (const auto& [name, values] : result.tensors) {
+      const GridSpec& spec = result.plan.tensors.at(name);
+      bytes += stored_bytes(spec, values) - spec.packed_bytes(values.codes.size(0), values.codes.size(1));
+    }
+    CHECK(budget.at("bytes_after_quantization").get<std::int64_t>() == bytes);
+    CHECK(bytes <= r.options.budget.bytes);
+    CHECK(result.plan.row_importance.size() == 21);  // not of the embedding
+  }
+}
+
 TEST_CASE("the file fits the budget, and more bytes give less divergence", "[quantize][budget]") {
   const BudgetFrame frame = [] {
     BudgetRun any;

@@ -258,6 +258,44 @@ TEST_CASE("each method leaves the decoded model, its table and better outputs th
   CHECK(errors["trifit"] < errors["gptq"]);
 }
 
+TEST_CASE("the output matrix is chosen by its inputs, tied or not", "[quantize][stage]") {
+  const TaskData data = stage_text();
+  for (const bool tied : {true, false})
+    for (const char* method : {"gptq", "trifit"})
+      for (const bool calibrated : {true, false}) {
+        CAPTURE(tied, method, calibrated);
+        const auto model = stage_llama(64, tied);
+        const at::Tensor head = (tied ? model->tokens.weight : model->lm_head.weight).clone();
+        QuantizeOptions options = stage_options("int4", method);
+        options.embedding = "int4", options.calibrate_head = calibrated;
+        if (!tied) options.head = "int4";
+        Json details = Json::object();
+        StageContext context;
+        context.data = &data, context.details = &details;
+        const QuantizedModel result = quantize(*model, options, {}, context);
+        const std::string name = tied ? model->tokens.name : model->lm_head.name;
+        const Json* row = nullptr;
+        for (const Json& layer : details.at("layers"))
+          if (layer.at("layer") == name) row = &layer;
+        REQUIRE(row);
+        const at::Tensor now = tied ? model->tokens.weight : model->lm_head.weight, rounded = decode(result.plan.tensors.at(name), encode(result.plan.tensors.at(name), head));
+        CHECK(at::equal(now, decode(result.plan.tensors.at(name), result.tensors.at(name))));
+        CHECK(result.tensors.size() == (tied ? 15u : 16u));
+        CHECK(row->contains("output_error") == calibrated);
+        CHECK(at::equal(now, rounded) != calibrated);
+        if (calibrated) CHECK(row->at("output_error").get<double>() < 0.9 * row->at("rounding_error").get<double>());
+        if (!tied) CHECK(at::equal(model->tokens.weight, decode(result.plan.tensors.at(model->tokens.name), result.tensors.at(model->tokens.name))));
+      }
+  // Eight bits are rounded: there is nothing to gain.
+  const auto model = stage_llama();
+  QuantizeOptions options = stage_options("int4", "gptq");
+  Json details = Json::object();
+  StageContext context;
+  context.data = &data, context.details = &details;
+  quantize(*model, options, {}, context);
+  CHECK(details.at("layers").back().contains("output_error"));  // a linear is the last
+}
+
 TEST_CASE("every grid survives the file, bit for bit, and damage is named", "[quantize][stage]") {
   QuantizedModel all;
   for (const Grid& grid : grids()) {
