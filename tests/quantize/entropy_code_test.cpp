@@ -8,6 +8,8 @@
 
 #include <cmath>
 
+#include "core/files.h"
+#include "core/json.h"
 #include "core/random.h"
 #include "quantize/grids.h"
 #include "quantize/methods.h"
@@ -81,6 +83,32 @@ TEST_CASE("damaged entropy-coded codes are refused", "[quantize][entropy]") {
   CHECK(contains_all(refusal({2, 1, 5, 0, 0xfa, 0xff, 104, 247, 121, 137, 137}, 5), {"bytes behind the codes"}));
   CHECK(contains_all(refusal({2, 1, 4, 0, 0xfb, 0xff, 104, 247, 121, 137}, 5, -7, 7), {"outside of the grid", "-7 to 7"}));
   CHECK(contains_all(refusal({1, 1, 2, 0, 0xfd, 0xff, 0, 255}, 2), {"outside of the grid"}));
+}
+
+TEST_CASE("entropy-coded grids against goldens from Python", "[quantize][entropy][golden]") {
+  const Json goldens = read_json(source_folder() / "tests" / "goldens" / "entropy.json");
+  for (const Json& entry : goldens.at("cases")) {
+    const auto rows = entry.at("rows").get<std::int64_t>(), columns = entry.at("columns").get<std::int64_t>();
+    CAPTURE(entry.at("grid").get<std::string>(), rows, columns);
+    const GridSpec spec{find_grid(entry.at("grid").get<std::string>()), 0};
+    const at::Tensor weight = at::tensor(entry.at("weight").get<std::vector<double>>(), at::kFloat).reshape({rows, columns});
+    const at::Tensor scales = at::tensor(entry.at("scales").get<std::vector<double>>(), at::kFloat).unsqueeze(1);
+    const at::Tensor codes = at::tensor(entry.at("codes").get<std::vector<std::int64_t>>(), at::kLong).to(at::kChar).reshape({rows, columns});
+    const Quantized q = encode(spec, weight);
+    CHECK(at::equal(q.scales, scales));
+    CHECK(at::equal(q.codes, codes));
+    std::size_t smallest = 1 << 30;
+    for (const auto& [kind, hex] : entry.at("layouts").items()) {
+      CAPTURE(kind);
+      const std::string text = hex.get<std::string>();
+      std::vector<std::byte> bytes;
+      for (std::size_t i = 0; i < text.size(); i += 2) bytes.push_back(static_cast<std::byte>(std::stoi(text.substr(i, 2), nullptr, 16)));
+      CHECK(std::to_integer<int>(bytes[0]) == std::stoi(kind));
+      CHECK(at::equal(entropy_decode(bytes, rows, columns, -127, 127, "golden"), codes));
+      smallest = std::min(smallest, bytes.size());
+    }
+    CHECK(entropy_encode(codes).size() <= smallest + 4);  // other versions of zlib may lay out their tables differently
+  }
 }
 
 TEST_CASE("entropy-coded grids: steps, size and error of normal weights", "[quantize][entropy]") {
