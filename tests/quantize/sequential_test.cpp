@@ -173,6 +173,23 @@ TEST_CASE("moments part by part equal moments of recorded inputs, padding left o
   }
 }
 
+TEST_CASE("moments of what the head reads equal those of recorded hidden states", "[quantize][sequential]") {
+  const auto model = sequential_llama(2);
+  const TaskData data = sequential_text(3, 40);
+  const StageContext context = sequential_context(data);
+  const CalibrationSet set = calibration_set(context, 3);
+  SequentialCalibration calibration(*model, set, {.float64 = true});
+  calibration.start();
+  for (std::int64_t layer = 0; layer < 2; ++layer) calibration.advance(layer, {});
+  const SecondMoments moments = calibration.moments(2, BlockPart::attention, {});
+  at::NoGradGuard no_grad;
+  std::vector<at::Tensor> rows;
+  for (const ModelInput& input : set.inputs) rows.push_back(model->hidden(input).flatten(0, 1).to(at::kDouble));
+  const at::Tensor x = at::cat(rows), expected = at::matmul(x.t(), x) / static_cast<double>(x.size(0));
+  CHECK(moments.tokens == 120);
+  CHECK(at::allclose(moments.hessian.to(at::kDouble), expected, 1e-5, 1e-7));
+}
+
 TEST_CASE("a teacher that goes ahead and a block that starts again", "[quantize][sequential]") {
   at::NoGradGuard no_grad;
   auto model = sequential_llama(2);
@@ -209,6 +226,7 @@ TEST_CASE("one and two threads, activations on disk and weights in a file give t
       CHECK(is_paged(model->tokens.weight) == (variant == 3));
       StageContext context = sequential_context(data);
       QuantizeOptions options = sequential_options("four_level", method);
+      options.embedding = "int4";  // calibrated as the output matrix, behind the last block
       if (variant == 2) options.spill = true, context.work = work.path() / "spill";
       const QuantizedModel result = quantize(*model, options, {}, context);
       const std::string bytes = sequential_bytes(*model, result);
@@ -226,6 +244,7 @@ TEST_CASE("a run that is killed after a block goes on to the same bytes", "[quan
   const TaskData data = sequential_text(4, 128);
   const auto original = sequential_llama(4);
   QuantizeOptions options = sequential_options("ternary", "trifit");
+  options.embedding = "int4";  // calibrated as the output matrix, behind the last block
   std::string whole;
   {
     auto model = original->clone();
