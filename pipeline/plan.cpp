@@ -67,6 +67,8 @@ std::int64_t predict_packed_bytes(const ModelConfig& config, const std::map<std:
     const std::string owner = ends_with(name, ".weight") ? name.substr(0, name.size() - 7) : name;
     const auto found = quantized.find(owner);
     if (found == quantized.end()) bytes += value.numel() * 2, tensors += 1;
+    // Formats that get here store codes of equal length.
+    else if (const GridSpec& spec = found->second; spec.grid->entropy_coded()) bytes += value.size(0) * (spec.grid->layout.row_bytes(value.size(1)) + 2 * spec.scale_count(value.size(1))), tensors += 2;
     else bytes += found->second.packed_bytes(value.size(0), value.size(1)), tensors += 2;
   }
   constexpr std::int64_t header_bytes_per_tensor = 120, config_bytes = 6000;
