@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <numeric>
+#include <set>
 
 #include "core/random.h"
 #include "quantize/budget_probe.h"
@@ -189,6 +190,33 @@ TEST_CASE("on a trained model the estimate ranks matrices and formats as the div
       CHECK(joint / sum > 0.5);
       CHECK(joint / sum < 2.0);
     }
+  }
+}
+
+TEST_CASE("what a method's compensation leaves scales the costs of linears, and of a tied embedding the output's part", "[quantize][sensitivity]") {
+  const auto model = tiny_decoder(6, true);
+  const CalibrationSet set = sensitivity_set(4, 24, 50, 8);
+  SensitivityRequest request = all_tensors(*model, {{find_grid("int4"), 0}, {find_grid("int8"), 0}});
+  const auto plain = measure_sensitivities(*model, set, request);
+  std::set<std::string> asked;
+  request.reduction = [&](const std::string& name, const at::Tensor& inputs) {
+    asked.insert(name);
+    CHECK(inputs.size(0) == 96);
+    return 0.25;
+  };
+  const auto reduced = measure_sensitivities(*model, set, request);
+  CHECK(asked.size() == plain.size());
+  for (const auto& [name, s] : plain) {
+    CAPTURE(name);
+    const TensorSensitivity& r = reduced.at(name);
+    if (name != model->tokens.name) {
+      for (std::size_t f = 0; f < 2; ++f) CHECK(r.divergence[f] == Approx(0.25 * s.divergence[f]));
+      continue;
+    }
+    CHECK(r.divergence[0] < 0.999 * s.divergence[0]);
+    CHECK(r.divergence[0] > 0.2501 * s.divergence[0]);
+    CHECK(r.divergence[1] == Approx(s.divergence[1]));  // eight bits are rounded
+    CHECK_FALSE(s.row_importance.defined());
   }
 }
 
