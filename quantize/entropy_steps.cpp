@@ -7,6 +7,8 @@
 #include <cmath>
 #include <vector>
 
+#include "quantize/grid_math.h"
+
 namespace kompakt {
 namespace {
 
@@ -39,7 +41,7 @@ EntropyRows entropy_rows(const GridSpec& spec, const at::Tensor& weight, const a
   const at::Tensor rms = weight.detach().square().mean(1, false, at::kDouble).sqrt().cpu().contiguous(), given = importance.detach().to(at::kCPU, at::kDouble).contiguous();
   const at::Tensor largest = weight.detach().abs().amax(1).to(at::kCPU, at::kDouble).contiguous();
   const double mean = given.mean().item<double>();
-  if (!(mean > 0) || !std::isfinite(mean)) return out;
+  if (!(mean > 0) || !std::isfinite(mean) || !rms.isfinite().all().item<bool>()) return out;
   for (std::int64_t r = 0; r < rms.numel(); ++r) {
     out.rms.push_back(rms.const_data_ptr<double>()[r]);
     out.least.push_back(largest.const_data_ptr<double>()[r] / spec.grid->code_max);
@@ -95,7 +97,11 @@ at::Tensor entropy_row_steps(const GridSpec& spec, const at::Tensor& weight, con
   if (rows.rms.empty()) return {};
   const std::vector<double> steps = entropy_steps(rows, spec.grid->entropy_step);
   at::Tensor out = at::empty({weight.size(0)}, at::kFloat);
-  for (std::size_t r = 0; r < steps.size(); ++r) out.mutable_data_ptr<float>()[r] = spec.grid->store_scale(static_cast<float>(steps[r]));
+  for (std::size_t r = 0; r < steps.size(); ++r) {
+    // A step that half precision cannot hold: the grid's own rule refuses such a row and names it, as it does with weights that are not finite.
+    if (!(steps[r] < grid::largest_half)) return {};
+    out.mutable_data_ptr<float>()[r] = spec.grid->store_scale(static_cast<float>(steps[r]));
+  }
   return out;
 }
 

@@ -16,7 +16,7 @@ case "${1:-}" in
     ;;
 esac
 model="${1:-$KOMPAKT_ROOT/teachers/SmolLM2-135M-Instruct-Q4_1.gguf}"
-have nvidia-smi && nvidia-smi -L >&2 || die "there is no NVIDIA driver on this machine" "use scripts/test.sh: everything but this runs on the CPU"
+if ! { have nvidia-smi && nvidia-smi -L >&2; }; then die "there is no NVIDIA driver on this machine" "use scripts/test.sh: everything but this runs on the CPU"; fi
 "$here/bootstrap.sh" --cuda
 configure cuda -DKOMPAKT_BENCHMARKS=ON
 build cuda --target kompakt test_pipeline distil_speed
@@ -38,7 +38,11 @@ if [ -e "$model" ]; then
   for precision in float32 bf16; do
     say "distillation, $precision: kompakt, then PyTorch eager"
     "$folder/benchmarks/distil_speed" "$work/teacher" --steps 20 --precision "$precision" --device cuda || failed+=("distil_speed $precision")
-    python3 -c 'import torch, transformers' 2> /dev/null && python3 "$KOMPAKT_ROOT/benchmarks/distil_speed.py" "$work/teacher" --steps 20 --precision "$precision" --device cuda
+    if python3 -c 'import torch, transformers' 2> /dev/null; then
+      python3 "$KOMPAKT_ROOT/benchmarks/distil_speed.py" "$work/teacher" --steps 20 --precision "$precision" --device cuda || failed+=("distil_speed.py $precision")
+    else
+      warn "python3 has no torch and transformers: PyTorch eager was not measured"
+    fi
   done
 else
   warn "there is no model at $model: speed was not measured (scripts/fetch_teacher.sh smollm2)"

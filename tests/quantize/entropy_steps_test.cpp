@@ -90,6 +90,16 @@ TEST_CASE("row steps at the edges", "[quantize][entropy]") {
   CHECK(quantize_rtn({zeros, {}, {}, {}, {}, far}, spec, {}).quantized.codes.to(at::kInt).abs().max().item<int>() <= 127);
 }
 
+TEST_CASE("rows that cannot be stored are named under row steps too", "[quantize][entropy]") {
+  const GridSpec spec{find_grid("ecq3"), 0};
+  at::Tensor wide = steps_normal(3, 64, "wide"), broken = wide.clone();
+  wide[1] = wide[1] * 1e7;
+  broken[2][5] = NAN;
+  const at::Tensor importance = at::arange(1, 4, at::kFloat);
+  CHECK(testing::contains_all(testing::error_text([&] { quantize_rtn({wide, {}, {}, {}, {}, importance}, spec, {}); }), {"row 1", "half"}));
+  CHECK(testing::contains_all(testing::error_text([&] { quantize_rtn({broken, {}, {}, {}, {}, importance}, spec, {}); }), {"row 2", "not finite"}));
+}
+
 // Noise of its own strength in every row: the divergence that it costs is the sum of strength^2 times importance, on average.
 TEST_CASE("row importance is what noise in a row costs", "[quantize][entropy][sensitivity]") {
   const auto model = testing::tiny_decoder(5, true);
