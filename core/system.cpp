@@ -40,10 +40,14 @@ std::int64_t status_kilobytes(const char* key) {
 std::int64_t peak_memory_bytes() { return status_kilobytes("VmHWM"); }
 std::int64_t current_memory_bytes() { return status_kilobytes("VmRSS"); }
 
-bool reset_peak_memory() {
+void release_free_memory() {
 #ifdef __GLIBC__
-  ::malloc_trim(0);  // what an earlier stage freed goes back to the system, else it counts as this one's
+  ::malloc_trim(0);
 #endif
+}
+
+bool reset_peak_memory() {
+  release_free_memory();  // else what an earlier stage freed counts as this one's
   std::ofstream file("/proc/self/clear_refs");
   file << "5" << std::flush;
   return static_cast<bool>(file);

@@ -9,6 +9,7 @@ namespace kompakt {
 
 std::int64_t peak_memory_bytes();    // high-water mark of the resident set since start or the last reset
 std::int64_t current_memory_bytes(); // resident set now
+void release_free_memory();          // what was freed goes back to the system; small tensors of a finished phase else stay resident
 bool reset_peak_memory();            // false where the kernel does not allow it
 std::int64_t physical_memory_bytes();
 std::int64_t free_disk_bytes(const std::filesystem::path& folder);

@@ -13,6 +13,7 @@
 #include "core/random.h"
 #include "core/system.h"
 #include "model/parallel.h"
+#include "quantize/code_price.h"
 #include "quantize/latent.h"
 
 namespace kompakt {
@@ -51,21 +52,23 @@ class BlockTuner {
         Slot slot{linear, latent_grid(plan.tensors.at(linear->name), found->second), {}, {}, &found->second};
         slot.values = latent_start(slot.grid, original.at(linear->name + ".weight"), found->second.codes, options_.margin);
         slot.base = slot.values.codes.clone();
+        if (slot.grid.spec.grid->entropy_coded()) start_bytes_ += stored_bytes(slot.grid.spec, found->second);
         slots_.push_back(std::move(slot));
       }
     BlockTuneResult result;
     if (slots_.empty()) return result;
-    result.before = result.after = full_loss();
+    result.before = result.after = full_loss(candidate());
     std::vector<Quantized> best;
     for (std::int64_t i = 0; i < options_.iterations; ++i) {
       check_interrupted();
       step(i);
       if ((i + 1) % options_.evaluate_every != 0 && i + 1 != options_.iterations) continue;
-      const double loss = full_loss();
+      std::vector<Quantized> tried = candidate();
+      if (tried.empty()) continue;
+      const double loss = full_loss(tried);
       if (!(loss < result.after)) continue;
       result.after = loss, result.best_iteration = i + 1;
-      best.clear();
-      for (const Slot& slot : slots_) best.push_back(latent_codes(slot.grid, slot.values));
+      best = std::move(tried);
     }
     for (std::size_t i = 0; i < slots_.size(); ++i) {
       if (!best.empty()) *slots_[i].quantized = std::move(best[i]);
@@ -135,13 +138,27 @@ class BlockTuner {
     return (piece.valid.defined() ? error * piece.valid : error).square().sum();
   }
 
-  void place_weights(bool gradient) {
-    at::NoGradGuard no_grad;
-    for (Slot& slot : slots_) slot.linear->weight = latent_weight(slot.grid, slot.values).requires_grad_(gradient);
+  // What the latents stand for. Codes that are stored by their entropy take no more bytes together than the method's did; empty where that
+  // cannot be had.
+  std::vector<Quantized> candidate() const {
+    std::vector<Quantized> out;
+    std::vector<PricedMatrix> matrices;
+    for (const Slot& slot : slots_) {
+      out.push_back(latent_codes(slot.grid, slot.values));
+      if (slot.grid.spec.grid->entropy_coded()) matrices.push_back({slot.grid.spec, slot.values.codes, slot.grid.scales});
+    }
+    if (matrices.empty()) return out;
+    PricedCodes priced = codes_within(matrices, start_bytes_);
+    if (priced.bytes > start_bytes_) return {};
+    std::size_t next = 0;
+    for (std::size_t i = 0; i < slots_.size(); ++i)
+      if (slots_[i].grid.spec.grid->entropy_coded()) out[i].codes = std::move(priced.codes[next++]);
+    return out;
   }
 
-  double full_loss() {
-    place_weights(false);
+  // Over the whole calibration set.
+  double full_loss(const std::vector<Quantized>& codes) {
+    for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i].linear->weight = decode(slots_[i].grid.spec, codes[i]);
     std::vector<std::int64_t> all(sequences_.size());
     std::iota(all.begin(), all.end(), 0);
     // Pieces are made inside, one a thread: the set is never copied as a whole.
@@ -161,9 +178,12 @@ class BlockTuner {
   }
 
   void step(std::int64_t iteration) {
-    place_weights(true);
     std::vector<at::Tensor> weights;
-    for (const Slot& slot : slots_) weights.push_back(slot.linear->weight);
+    for (Slot& slot : slots_) {
+      at::NoGradGuard no_grad;
+      slot.linear->weight = latent_weight(slot.grid, slot.values).requires_grad_(true);
+      weights.push_back(slot.linear->weight);
+    }
     const std::vector<Piece> some = pieces(draw(iteration));
     double values = 0;
     for (const Piece& piece : some) values += piece.values;
@@ -205,6 +225,7 @@ class BlockTuner {
   std::vector<Sequence> sequences_;
   std::vector<Slot> slots_;
   std::vector<std::int64_t> order_;
+  std::int64_t start_bytes_ = 0;  // of the entropy-coded matrices
 };
 
 }  // namespace

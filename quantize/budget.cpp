@@ -11,6 +11,7 @@
 #include "core/error.h"
 #include "core/json.h"
 #include "core/log.h"
+#include "core/system.h"
 #include "core/text.h"
 #include "model/families.h"
 #include "quantize/activation_rounding.h"
@@ -124,6 +125,7 @@ class BudgetAllocation {
     }
     sensitivities_ = measure_sensitivities(model_, set_, request);
     progress.finish();
+    release_free_memory();  // states and gradients of all blocks
     // Errors were measured under the grids' own steps; rows that share out their bits do better.
     for (const BudgetTensor& tensor : frame_.tensors) {
       TensorSensitivity& s = sensitivities_.at(tensor.name);

@@ -8,12 +8,14 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <set>
 
 #include "core/error.h"
 #include "core/files.h"
 #include "core/hash.h"
 #include "core/log.h"
 #include "core/text.h"
+#include "quantize/code_price.h"
 #include "quantize/latent.h"
 #include "quantize/tensors.h"
 #include "train/loop.h"
@@ -32,6 +34,8 @@ constexpr double kl_factor_low = 0.25, kl_factor_high = 4;  // of a starting sca
 constexpr std::int64_t kl_micro_tokens = 2048;              // of a micro batch: the graph of a block's activations is what it costs
 constexpr std::int64_t kl_score_rows = 128;                 // positions whose logits exist at once while scoring
 
+bool kl_own_scale_rate(const KlTuneOptions& tuning, const TuneMode& mode) { return mode.codes_learn && tuning.scale_learning_rate > 0; }
+
 std::map<std::string, at::Tensor> kl_vectors(Transformer& model) {
   std::map<std::string, at::Tensor> out;
   for (const NamedParameter& parameter : model.parameters())
@@ -44,7 +48,8 @@ void kl_set_vectors(Transformer& model, const std::map<std::string, at::Tensor>&
     if (const auto found = vectors.find(parameter.name); found != vectors.end()) *parameter.value = found->second;
 }
 
-// Linears of blocks that take part.
+// Linears of blocks that take part. Rows of the embedding and the head belong to tokens, most of which tuning text never holds: with scales
+// of theirs learning too, SmolLM2-135M in 46 MB came out slightly worse.
 std::vector<Linear*> kl_linears(Transformer& model, const QuantizationPlan& plan) {
   std::vector<Linear*> out;
   for (Linear* linear : model.linears())
@@ -55,10 +60,10 @@ std::vector<Linear*> kl_linears(Transformer& model, const QuantizationPlan& plan
 // The weight slots of the tuned linears hold latents in units of codes while this is attached.
 class LearnedGrid final : public Constraint {
  public:
-  LearnedGrid(const QuantizedModel& quantized, const std::map<std::string, at::Tensor>& original, const TuneMode& mode, double margin)
-      : quantized_(quantized), original_(original), mode_(mode), margin_(margin) {}
+  LearnedGrid(const QuantizedModel& quantized, const std::map<std::string, at::Tensor>& original, const TuneMode& mode, double margin, double scale_rate)
+      : quantized_(quantized), original_(original), mode_(mode), margin_(margin), scale_rate_(scale_rate) {}
 
-  std::string name() const override { return str("learned_grid ", mode_.name, " margin=", shortest(margin_), " scale_rate=", shortest(mode_.scale_rate)); }
+  std::string name() const override { return str("learned_grid ", mode_.name, " margin=", shortest(margin_), " scale_rate=", shortest(scale_rate_)); }
 
   void attach(Transformer& model) override {
     for (Linear* linear : kl_linears(model, quantized_.plan)) {
@@ -68,7 +73,11 @@ class LearnedGrid final : public Constraint {
       slot.grid = latent_grid(quantized_.plan.tensors.at(linear->name), start);
       slot.values = latent_start(slot.grid, mode_.codes_learn ? original_.at(linear->name) : linear->weight, start.codes, mode_.codes_learn ? margin_ : 0);
       linear->weight = slot.values.codes;
-      linear->transform = [&slot](const at::Tensor& latent) { return latent_weight(slot.grid, {latent, slot.values.scale_factor, slot.values.offset_shift}); };
+      if (slot.coded()) start_bytes_ += stored_bytes(slot.grid.spec, start);
+      linear->transform = [&slot](const at::Tensor& latent) {
+        if (slot.settled.defined() && !at::GradMode::is_enabled()) return decode(slot.grid.spec, quantized_slot(slot));
+        return latent_weight(slot.grid, {latent, slot.values.scale_factor, slot.values.offset_shift});
+      };
     }
   }
 
@@ -97,11 +106,30 @@ class LearnedGrid final : public Constraint {
     }
     return out;
   }
-  double parameter_rate() const override { return mode_.scale_rate; }
+  double parameter_rate() const override { return scale_rate_; }
+
+  // Between settle and loosen the model computes, without gradients, with codes that take no more bytes in a file than the start's: as
+  // latents wander, codes whose lengths are their own grow longer. Returns what was paid for it; null where no such code learns.
+  Json settle() {
+    if (!mode_.codes_learn || start_bytes_ == 0) return Json();
+    std::vector<PricedMatrix> matrices;
+    for (auto& [name, slot] : slots_)
+      if (slot.coded()) matrices.push_back({slot.grid.spec, slot.values.codes, slot.grid.scales});
+    PricedCodes priced = codes_within(matrices, start_bytes_);
+    fits_ = priced.bytes <= start_bytes_;
+    std::size_t next = 0;
+    for (auto& [name, slot] : slots_)
+      if (slot.coded()) slot.settled = std::move(priced.codes[next++]);
+    return Json{{"bytes", priced.bytes}, {"untuned_bytes", start_bytes_}, {"price", priced.price}};
+  }
+  bool fits() const { return fits_; }  // false: settle() found no codes that are short enough
+  void loosen() {
+    for (auto& [name, slot] : slots_) slot.settled = at::Tensor();
+  }
 
   std::map<std::string, Quantized> codes() const {
     std::map<std::string, Quantized> out;
-    for (const auto& [name, slot] : slots_) out[name] = latent_codes(slot.grid, slot.values);
+    for (const auto& [name, slot] : slots_) out[name] = quantized_slot(slot);
     return out;
   }
 
@@ -109,33 +137,47 @@ class LearnedGrid final : public Constraint {
   struct Slot {
     LatentGrid grid;
     LatentValues values;
+    at::Tensor settled;  // codes that settle() chose
+    bool coded() const { return grid.spec.grid->entropy_coded(); }
   };
+  static Quantized quantized_slot(const Slot& slot) {
+    Quantized q = latent_codes(slot.grid, slot.values);
+    if (slot.settled.defined()) q.codes = slot.settled;
+    return q;
+  }
+
   const QuantizedModel& quantized_;
   const std::map<std::string, at::Tensor>& original_;
   const TuneMode& mode_;
-  const double margin_;
+  const double margin_, scale_rate_;  // scale_rate: of scales / that of latents
+  std::int64_t start_bytes_ = 0;  // of the entropy-coded matrices
+  bool fits_ = true;
   std::map<std::string, Slot> slots_;  // nodes stay where they are: transforms hold references
 };
 
 class KlMonitor final : public TrainMonitor {
  public:
-  KlMonitor(const LearnedGrid& grid, const QuantizationPlan& plan, const TuningText& text, const KlTuneOptions& options, double start, StageContext& context)
+  KlMonitor(LearnedGrid& grid, const QuantizationPlan& plan, const TuningText& text, const KlTuneOptions& options, double start, StageContext& context)
       : grid_(grid), plan_(plan), text_(text), options_(options), teacher_(*context.teacher), title_(context.title), work_(context.work), best_(start) {}
 
   void after_step(Transformer& model, std::int64_t step, std::int64_t steps) override {
     const std::int64_t every = std::max<std::int64_t>(1, (steps + options_.evaluations - 1) / options_.evaluations);
     if (step % every != 0 && step != steps) return;
+    const Json coded = grid_.settle();
     const double kl = mean_divergence(model, teacher_, text_.heldout);
     checkpoints_.push_back(Json{{"name", str("step ", step)}, {"step", step}, {"heldout_kl", kl}});
+    if (!coded.is_null()) checkpoints_.back()["coded"] = coded;
     log_metric("tune", Json{{"stage", title_}, {"step", step}, {"heldout_kl", kl}});
-    log_info(str(title_, ": step ", step, " of ", steps, ", held-out KL ", fixed(kl, 4)));
+    log_info(str(title_, ": step ", step, " of ", steps, ", held-out KL ", fixed(kl, 4), coded.is_null() ? "" : str(", ", human_bytes(coded.at("bytes").get<double>()), " of entropy-coded matrices at price ", fixed(coded.at("price").get<double>(), 3))));
     // Against the best checkpoint, not the start: latents may begin behind it and pass it later.
     stale_ = kl < best_checkpoint_ ? 0 : stale_ + 1;
     best_checkpoint_ = std::min(best_checkpoint_, kl);
-    if (!(kl < best_)) return;
-    best_ = kl, best_step_ = step;
-    tensors_ = grid_.codes(), vectors_ = kl_vectors(model);
-    write();
+    if (kl < best_ && grid_.fits()) {
+      best_ = kl, best_step_ = step;
+      tensors_ = grid_.codes(), vectors_ = kl_vectors(model);
+      write();
+    }
+    grid_.loosen();
   }
   bool enough() const override { return options_.patience > 0 && stale_ >= options_.patience; }
 
@@ -185,7 +227,7 @@ class KlMonitor final : public TrainMonitor {
       if (starts_with(entry.path().filename().string(), "tuned-") && entry.path() != folder(best_step_) && entry.path() != folder(saved_step_)) std::filesystem::remove_all(entry.path());
   }
 
-  const LearnedGrid& grid_;
+  LearnedGrid& grid_;
   const QuantizationPlan& plan_;
   const TuningText& text_;
   const KlTuneOptions& options_;
@@ -219,6 +261,8 @@ void fields(FieldVisitor& visitor, KlTuneOptions& options) {
   visitor.number("epochs", options.epochs, "passes over the calibration text, without what is held out; not used with steps", {.min = 0, .max = 100000, .open_min = true});
   visitor.integer("batch", options.batch, "calibration windows per step", {.min = 1, .max = 65536});
   visitor.number("learning_rate", options.learning_rate, "peak rate of latents (in codes) and scales (as a share), with warm-up and cosine; 0 = 0.01 for weights, 0.02 for scales", {.min = 0, .max = 1});
+  visitor.number("scale_learning_rate", options.scale_learning_rate, "tune: weights; peak rate of scales (as a share); 0 = 0.3 of learning_rate", {.min = 0, .max = 1});
+  visitor.number("norm_learning_rate", options.norm_learning_rate, "peak rate of norms and biases; 0 = 0.03 of learning_rate", {.min = 0, .max = 1});
   visitor.number("margin", options.margin, "tune: weights; how far from its code, in codes, a latent may start", {.min = 0, .max = 0.49});
   visitor.integer("evaluations", options.evaluations, "how many times the decoded model is scored on held-out text", {.min = 1});
   visitor.integer("patience", options.patience, "scores in a row without a better checkpoint that end the tuning; 0 = never", {.min = 0});
@@ -276,7 +320,7 @@ TrainOptions kl_train_options(const QuantizeOptions& options, std::int64_t windo
   while (batch % train.batch_size != 0) --train.batch_size;
   train.accumulate = batch / train.batch_size;
   train.learning_rate = tuning.learning_rate > 0 ? tuning.learning_rate : mode->learning_rate;
-  train.norm_learning_rate = train.learning_rate * mode->norm_rate;
+  train.norm_learning_rate = tuning.norm_learning_rate > 0 ? tuning.norm_learning_rate : train.learning_rate * mode->norm_rate;
   train.weight_decay = 0, train.beta1 = 0.9, train.beta2 = 0.95, train.epsilon = 1e-10;  // gradients in units of codes are small
   train.schedule = "cosine", train.final_ratio = 0.02, train.warmup = std::min(0.1, 20.0 / static_cast<double>(train.steps));
   train.dropout = 0, train.precision = "float32";
@@ -300,12 +344,14 @@ Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::
   const TuneMode& mode = *find_tune_mode(options.tune);
   TrainOptions train_options = kl_train_options(options, static_cast<std::int64_t>(text.tuning.size()), static_cast<std::int64_t>(text.tuning.front().size()));
   std::map<std::string, at::Tensor> weights;  // of the start, which comes back when no checkpoint is better
-  for (const Linear* linear : kl_linears(model, quantized.plan)) weights[linear->name] = linear->weight;
-  const std::map<std::string, at::Tensor> vectors = kl_vectors(model);
-  for (const NamedParameter& parameter : model.parameters()) {
-    const bool latent = mode.codes_learn && ends_with(parameter.name, ".weight") && weights.count(parameter.name.substr(0, parameter.name.size() - 7)) > 0;
-    if (parameter.value->dim() != 1 && !latent) train_options.freeze.push_back(parameter.name);
+  std::set<std::string> latents;              // parameters that learn
+  for (const Linear* linear : kl_linears(model, quantized.plan)) {
+    weights[linear->name] = linear->weight;
+    if (mode.codes_learn) latents.insert(linear->name + ".weight");
   }
+  const std::map<std::string, at::Tensor> vectors = kl_vectors(model);
+  for (const NamedParameter& parameter : model.parameters())
+    if (parameter.value->dim() != 1 && !latents.count(parameter.name)) train_options.freeze.push_back(parameter.name);
   TaskData data;
   data.kind = TaskData::Kind::text;
   data.tokenizer = context.data->tokenizer;
@@ -318,7 +364,7 @@ Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::
   StageContext inner = context;
   inner.data = &data, inner.details = &details;
 
-  const auto grid = std::make_shared<LearnedGrid>(quantized, original, mode, options.tuning.margin);
+  const auto grid = std::make_shared<LearnedGrid>(quantized, original, mode, options.tuning.margin, kl_own_scale_rate(options.tuning, mode) ? options.tuning.scale_learning_rate / train_options.learning_rate : mode.scale_rate);
   KlMonitor monitor(*grid, quantized.plan, text, options.tuning, start, context);
   const TrainResult trained = train(model, train_options, objectives, {grid}, inner, &monitor);
   for (const auto& [name, weight] : weights) model.find_linear(name)->weight = weight;

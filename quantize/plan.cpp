@@ -87,6 +87,8 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
 
 void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Problems& problems) {
   if (options.has_tuning && !options.tunes_model()) problems.add(Error("options of a tuning that does not take place").at("quantize.tuning").given("tune: none").allowed("tune: scales or weights").hint("set tune, or leave tuning out"));
+  if (options.tune == "scales" && options.tuning.scale_learning_rate > 0)
+    problems.add(Error("tune: scales has one rate, that of scales").at("quantize.tuning.scale_learning_rate").given(shortest(options.tuning.scale_learning_rate)).allowed("learning_rate").hint("set learning_rate instead"));
   if (!options.tunes_model() && !options.tunes_blocks()) return;
   const char* key = options.tunes_model() ? "quantize.tune" : "quantize.block_tune";
   if (const QuantizationMethod* method = find_quantization_method(options.method); method && method->needs_train)

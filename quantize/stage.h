@@ -35,6 +35,8 @@ struct KlTuneOptions {
   double epochs = 4;                  // passes over the calibration text that is left
   std::int64_t batch = 8;             // windows a step
   double learning_rate = 0;           // 0 = the mode's own
+  double scale_learning_rate = 0;     // tune: weights; 0 = a share of learning_rate
+  double norm_learning_rate = 0;      // the same of norms and biases
   double margin = 0.3;                // tune: weights; of the latents at the start, in codes
   std::int64_t evaluations = 6;       // checkpoints scored on held-out text
   std::int64_t patience = 3;          // of them without a better one

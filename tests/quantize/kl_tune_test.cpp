@@ -140,13 +140,23 @@ TEST_CASE("steps, batches and rates follow from the options", "[quantize][kl_tun
   CHECK(kl_train_options(options, 100, 4096).steps == 5);
   CHECK(kl_train_options(options, 100, 4096).batch_size == 1);
   CHECK(kl_train_options(options, 100, 512).learning_rate == 0.5);
+  options.tuning.learning_rate = 0.004;
+  CHECK(kl_train_options(options, 100, 512).norm_learning_rate == Approx(0.03 * 0.004));
+  options.tuning.scale_learning_rate = 0.01, options.tuning.norm_learning_rate = 0.002;
+  CHECK(kl_train_options(options, 100, 512).norm_learning_rate == 0.002);
+}
+
+TEST_CASE("a rate of scales beside the rate of scales is refused", "[quantize][kl_tune]") {
+  QuantizeOptions options = kl_options("ternary", "gptq", "scales");
+  options.tuning.scale_learning_rate = 0.01;
+  CHECK(contains_all(error_text([&] { kl_run(*testing::tiny_decoder(3), options, kl_text(), {}); }), {"scale_learning_rate", "0.01", "set learning_rate"}));
 }
 
 TEST_CASE("tuning lowers the held-out divergence, stays on the grid and reports what it kept", "[quantize][kl_tune]") {
   const std::shared_ptr<const Transformer> original = testing::tiny_decoder(3);
   const TaskData data = kl_text(160);  // less would be learnt by heart
   const TuningText text = tuning_text(kl_context(data, {}), 0.2);
-  for (const char* grid : {"ternary", "four_level", "int2_asym"}) {
+  for (const char* grid : {"ternary", "four_level", "int2_asym", "ecq2"}) {
     const TemporaryFolder work;
     TaskData rest = data;
     rest.calibration = text.tuning;
@@ -175,6 +185,14 @@ TEST_CASE("tuning lowers the held-out divergence, stays on the grid and reports 
         codes_moved = codes_moved || !at::equal(q.codes, untuned.result.tensors.at(name).codes);
       }
       CHECK(codes_moved == (std::string(mode) == "weights"));
+      // Codes that are stored by their entropy must not take more room than they did.
+      const auto coded = [](const QuantizedModel& model) {
+        std::int64_t bytes = 0;
+        for (const auto& [name, q] : model.tensors) bytes += stored_bytes(model.plan.tensors.at(name), q);
+        return bytes;
+      };
+      CHECK(coded(tuned.result) <= coded(untuned.result));
+      for (std::size_t i = 1; i < report.at("candidates").size(); ++i) CHECK(report.at("candidates")[i].contains("coded") == (std::string(grid) == "ecq2" && codes_moved));
       const std::string embedding = tuned.model->tokens.name;
       CHECK(at::equal(tuned.result.tensors.at(embedding).codes, untuned.result.tensors.at(embedding).codes));
       CHECK_FALSE(at::equal(tuned.model->final_norm.weight, original->final_norm.weight));
