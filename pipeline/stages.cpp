@@ -279,6 +279,17 @@ void run_prune(const Node& node, StageRun& run) {
   run.current.quantized.clear();
 }
 
+// Norms and biases that a tuning moves need whole floats in the file, whatever they needed before.
+BudgetTarget quantize_target(const QuantizeOptions& options, const Recipe& recipe, const Transformer& shapes, const Tokenizer& tokenizer, bool halves) {
+  BudgetTarget target = budget_target(recipe, shapes, tokenizer, halves);
+  if (!options.tunes_model() || options.others == "f16") return target;
+  std::set<std::string> vectors;
+  for (const auto& [name, value] : shapes.parameters())
+    if (value.dim() == 1) vectors.insert(name);
+  keep_whole_floats(target, shapes, [vectors = std::move(vectors)](const std::string& name) { return vectors.count(name) > 0; });
+  return target;
+}
+
 void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model) {
   set_rounding(model.config, RuntimeRounding());
   const auto options = read_stage<QuantizeOptions>(node);
@@ -304,7 +315,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   if (options.has_budget) {
     model.config = basis_config(model.config, options.basis);
     const Transformer shapes(model.config, 0, c10::Device(c10::kMeta));
-    const BudgetFrame frame = budget_frame(model.config, options, budget_target(input.recipe, shapes, *input.tokenizer, true));
+    const BudgetFrame frame = budget_frame(model.config, options, quantize_target(options, input.recipe, shapes, *input.tokenizer, true));
     model.quantized = frame.smallest, model.budget_bytes = frame.limit;
     model.notes.push_back(frame.note());
     add_trainings();
@@ -324,7 +335,7 @@ void run_quantize(const Node& node, StageRun& run) {
   set_rounding(*run.current.model, RuntimeRounding());
   const auto options = read_stage<QuantizeOptions>(node);
   const auto objectives = options.method == "qad" || options.tunes_model() ? stage_objectives(options.objective, run) : std::vector<std::shared_ptr<Objective>>{};
-  const QuantizedModel result = options.has_budget ? quantize_within_budget(*run.current.model, options, objectives, run.context, budget_target(run.recipe, *run.current.model, *run.current.tokenizer, options.others == "f16"))
+  const QuantizedModel result = options.has_budget ? quantize_within_budget(*run.current.model, options, objectives, run.context, quantize_target(options, run.recipe, *run.current.model, *run.current.tokenizer, options.others == "f16"))
                                                    : quantize(*run.current.model, options, objectives, run.context);
   run.current.quantized.clear();
   for (const auto& [name, values] : result.tensors) run.current.quantized[name] = {result.plan.tensors.at(name), values};

@@ -40,9 +40,11 @@ TuningText tuning_text(const StageContext& context, double holdout);
 double mean_divergence(const Transformer& model, TeacherSource& teacher, const std::vector<std::vector<std::int64_t>>& windows);
 
 // `model` holds the decoded weights of `quantized`; both hold the best candidate afterwards. Linears of blocks on grids of even
-// levels take part; everything else, the embedding included, stays. `original`: their float weights by name, for mode weights. Codes that are stored by their entropy are scored, and kept, as such that take no more bytes than those of the start (quantize/code_price.h).
-// State for resuming lies in context.work, which must be this call's own; context.teacher must be set. Returns the part of the
-// report: {mode, steps, winner, candidates: [{name, step, heldout_kl, calibration_kl (start and winner), coded: {bytes, untuned_bytes, price}}], ...}.
+// levels take part; everything else, the embedding included, stays. `original`: their float weights by name, for mode weights.
+// Codes that are stored by their entropy are scored, and kept, as such that take no more bytes than those of the start
+// (quantize/code_price.h). State for resuming lies in context.work, which must be this call's own; context.teacher must be set.
+// Returns the part of the report: {mode, steps, winner, candidates: [{name, step, heldout_kl, calibration_kl (start and winner),
+// coded: {bytes, untuned_bytes, price}}], ...}.
 Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::string, at::Tensor>& original, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives,
              const TuningText& text, StageContext& context);
 
