@@ -97,11 +97,12 @@ bool all_well(const std::vector<Ended>& ranks) {
   return true;
 }
 
-// finetune with held-out scores and the best epoch kept, distill under it, a prune whose recovery trains too.
+// finetune with held-out scores and the best epoch kept, distill under it, a prune whose recovery trains too. In float32 on every machine:
+// with bfloat16 products, other shapes of the same batch round differently.
 void write_ranks_recipe(TinySetting& tiny, int epochs = 2) {
-  tiny.write_recipe(str("\n  - finetune: {epochs: ", epochs, ", batch_size: 4, accumulate: 4, learning_rate: 1.0e-3, save_every_steps: 3, keep: best, ema: 0.5}\n"
-                        "  - distill: {student: {keep_layers: [0, 2]}, epochs: 2, batch_size: 4, accumulate: 4, learning_rate: 1.0e-3, optimizer: adamw_8bit, save_every_steps: 3}\n"
-                        "  - prune: {structured: {ffn: 0.5}, criterion: taylor, samples: 24, recover: {epochs: 1, batch_size: 4, accumulate: 4, save_every_steps: 3}}\n"
+  tiny.write_recipe(str("\n  - finetune: {epochs: ", epochs, ", batch_size: 4, accumulate: 4, learning_rate: 1.0e-3, precision: float32, save_every_steps: 3, keep: best, ema: 0.5}\n"
+                        "  - distill: {student: {keep_layers: [0, 2]}, epochs: 2, batch_size: 4, accumulate: 4, learning_rate: 1.0e-3, precision: float32, optimizer: adamw_8bit, save_every_steps: 3}\n"
+                        "  - prune: {structured: {ffn: 0.5}, criterion: taylor, samples: 24, recover: {epochs: 1, batch_size: 4, accumulate: 4, precision: float32, save_every_steps: 3}}\n"
                         "  - export: {}\n  - evaluate: {latency: false}\n"));
 }
 
