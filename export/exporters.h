@@ -4,6 +4,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -31,8 +32,11 @@ struct ArtifactShape {
   const Transformer& model;  // weights as they are now, or shapes alone (meta)
   const std::map<std::string, GridSpec>& plan;
   std::string name;
-  bool halves;               // matrices without a grid will be half-precision values
+  bool halves;               // what has no grid will be half-precision values
   const std::vector<std::pair<std::string, GgufValue>>& gguf_tokenizer;
+  // Parameters without a grid that will have values which half precision does not hold, whatever they have now; empty = none.
+  std::function<bool(const std::string& parameter)> whole = {};
+  bool stays_whole(const std::string& parameter) const { return whole && whole(parameter); }
 };
 
 struct Exporter {

@@ -168,7 +168,7 @@ std::int64_t gguf_model_bytes(const ArtifactShape& shape) {
     if (found != shape.plan.end())
       tensor.type = exact_ggml_type(found->second, value.size(1), why);
     else
-      tensor.type = find_ggml_type(value.dim() > 1 && (shape.halves || value.is_meta() || gguf_fits_half(value.detach().to(at::kCPU, at::kFloat))) ? "F16" : "F32");
+      tensor.type = find_ggml_type(value.dim() > 1 && !shape.stays_whole(parameter) && (shape.halves || value.is_meta() || gguf_fits_half(value.detach().to(at::kCPU, at::kFloat))) ? "F16" : "F32");
     if (!tensor.type) throw std::logic_error("gguf_model_bytes: " + why);
     tensors.push_back(std::move(tensor));
   }

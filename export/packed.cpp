@@ -122,7 +122,8 @@ std::int64_t packed_file_bytes(const ArtifactShape& shape) {
     const std::string owner = packed_owner(parameter);
     const auto found = shape.plan.find(owner);
     if (found == shape.plan.end()) {
-      add(parameter, shape.halves || value.is_meta() || packed_fits_half(value.detach().to(at::kCPU, at::kFloat)) ? DType::f16 : DType::f32, value.sizes().vec());
+      const bool half = !shape.stays_whole(parameter) && (shape.halves || value.is_meta() || packed_fits_half(value.detach().to(at::kCPU, at::kFloat)));
+      add(parameter, half ? DType::f16 : DType::f32, value.sizes().vec());
       continue;
     }
     const GridSpec& spec = found->second;

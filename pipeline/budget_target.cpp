@@ -29,7 +29,7 @@ std::vector<const Exporter*> target_exporters(const Recipe& recipe) {
 
 }  // namespace
 
-BudgetTarget budget_target(const Recipe& recipe, const Transformer& model, const Tokenizer& tokenizer, bool halves) {
+BudgetTarget budget_target(const Recipe& recipe, const Transformer& model, const Tokenizer& tokenizer, bool halves, std::function<bool(const std::string& parameter)> whole) {
   const std::vector<const Exporter*> all = target_exporters(recipe);
   const Exporter* first = nullptr;
   for (const Exporter* exporter : all)
@@ -56,20 +56,10 @@ BudgetTarget budget_target(const Recipe& recipe, const Transformer& model, const
     tokenizer.save_compact(folder.path());
     beside = static_cast<std::int64_t>(bytes_on_disk(folder.path()));
   }
-  target.file_bytes = [first, &model, halves, beside, metadata = std::move(metadata), name = recipe.name](const std::map<std::string, GridSpec>& plan) {
-    return first->file_bytes({model, plan, name, halves, metadata}) + beside;
+  target.file_bytes = [first, &model, halves, beside, whole = std::move(whole), metadata = std::move(metadata), name = recipe.name](const std::map<std::string, GridSpec>& plan) {
+    return first->file_bytes({model, plan, name, halves, metadata, whole}) + beside;
   };
   return target;
-}
-
-void keep_whole_floats(BudgetTarget& target, const Transformer& shapes, std::function<bool(const std::string& parameter)> whole) {
-  const bool vectors = !find_exporter(target.format)->needs_gguf_tokenizer;  // GGUF holds vectors in float32 anyway
-  target.file_bytes = [bytes = std::move(target.file_bytes), &shapes, whole = std::move(whole), vectors](const std::map<std::string, GridSpec>& plan) {
-    std::int64_t more = 0;
-    for (const auto& [name, value] : shapes.parameters())
-      if ((vectors || value.dim() > 1) && !plan.count(ends_with(name, ".weight") ? name.substr(0, name.size() - 7) : name) && whole(name)) more += 2 * value.numel();
-    return bytes(plan) + more;
-  };
 }
 
 }  // namespace kompakt

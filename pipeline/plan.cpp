@@ -84,9 +84,9 @@ std::int64_t plan_artifact_bytes(const Recipe& recipe, const RecipeStage& stage,
   const bool exact = formats && std::any_of(formats->items.begin(), formats->items.end(), [](const Node& format) { return find_exporter(format.scalar) && find_exporter(format.scalar)->file_bytes; });
   if (!exact) return predict_packed_bytes(model.config, model.quantized);
   const Transformer shapes(model.config, 0, c10::Device(c10::kMeta));
-  BudgetTarget files = budget_target(recipe, shapes, pruned && pruned->vocab_size() == model.config.vocab ? *pruned : tokenizer, model.halves);
-  if (model.trained && !model.halves) keep_whole_floats(files, shapes, [](const std::string&) { return true; });
-  return files.file_bytes(model.quantized);
+  std::function<bool(const std::string&)> whole;
+  if (model.trained && !model.halves) whole = [](const std::string&) { return true; };
+  return budget_target(recipe, shapes, pruned && pruned->vocab_size() == model.config.vocab ? *pruned : tokenizer, model.halves, std::move(whole)).file_bytes(model.quantized);
 }
 
 }  // namespace

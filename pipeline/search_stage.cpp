@@ -161,10 +161,8 @@ void run_search(const Node& node, StageRun& run) {
   for (const auto& [name, value] : std::as_const(*original).parameters())
     if (at::equal(value.detach().to(at::kHalf).to(at::kFloat), value.detach().to(at::kFloat))) halves.insert(name);
   const auto target = [&](const Transformer& shapes, bool used) {
-    BudgetTarget out = budget_target(run.recipe, shapes, used && restricted ? *restricted : *run.current.tokenizer, false);
     // A refit changes biases.
-    keep_whole_floats(out, shapes, [&halves, refit = options.compensate == "ls"](const std::string& name) { return !halves.count(name) || (refit && ends_with(name, ".bias")); });
-    return out;
+    return budget_target(run.recipe, shapes, used && restricted ? *restricted : *run.current.tokenizer, false, [&halves, refit = options.compensate == "ls"](const std::string& name) { return !halves.count(name) || (refit && ends_with(name, ".bias")); });
   };
   BudgetSearch search(*original, options, kept, target, run.context);
   search.measure(search_cache(run, options, kept.size()));

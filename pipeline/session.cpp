@@ -194,7 +194,7 @@ StageContext RunSession::stage_context(const RecipeStage& stage, std::size_t ind
 void RunSession::add_teacher(const RecipeStage& stage, StageContext& context) {
   const bool is_export = stage.row->name == "export", text = data_.kind == TaskData::Kind::text;
   const bool uses_teacher = text ? stage.row->needs_teacher || stage.row->name == "quantize" || stage.row->name == "prune" : stage.row->name != "finetune" && !is_export;
-  const bool tunes_text = stage.row->name == "quantize" && text;
+  const bool tunes_text = (stage.row->name == "quantize" || stage.row->name == "tune") && text;
   if (uses_teacher && !works_by_blocks(stage) && (recipe_.find_data("train") || tunes_text)) context.teacher = teacher_source();
 }
 

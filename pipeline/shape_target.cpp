@@ -79,9 +79,8 @@ ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenize
     target.size = [first, words, &recipe, trained, narrower](const ModelConfig& config) -> FileSize {
       const Transformer shapes(config, 0, c10::Device(c10::kMeta));
       const std::int64_t floats = count_parameters(config).total * 4;
-      BudgetTarget files = first ? budget_target(recipe, shapes, words(config), false) : BudgetTarget{};
-      if (first && (trained || narrower)) keep_whole_floats(files, shapes, target_whole(config, trained));
-      return {first ? files.file_bytes({}) : floats, target_embedding(first, shapes, {}, first ? 2 : 4)};
+      const std::int64_t bytes = first ? budget_target(recipe, shapes, words(config), false, trained || narrower ? target_whole(config, trained) : nullptr).file_bytes({}) : floats;
+      return {bytes, target_embedding(first, shapes, {}, first ? 2 : 4)};
     };
     return target;
   }
@@ -117,8 +116,8 @@ ShapeTarget shape_target(const Recipe& recipe, std::size_t stage, const Tokenize
   if (!first) return target;
   target.size = [quantize, first, words, &recipe, trained, narrower](const ModelConfig& config) -> FileSize {
     const Transformer shapes(basis_config(config, quantize->basis), 0, c10::Device(c10::kMeta));
-    BudgetTarget files = budget_target(recipe, shapes, words(config), quantize->others == "f16");
-    if ((trained || narrower) && quantize->others != "f16") keep_whole_floats(files, shapes, target_whole(config, trained));
+    const bool halves = quantize->others == "f16";
+    const BudgetTarget files = budget_target(recipe, shapes, words(config), halves, (trained || narrower) && !halves ? target_whole(config, trained) : nullptr);
     std::map<std::string, GridSpec> plan;
     try {
       if (quantize->has_budget) {

@@ -31,6 +31,7 @@
 #include "quantize/kl_tune.h"
 #include "quantize/methods.h"
 #include "quantize/stage.h"
+#include "quantize/tune.h"
 #include "train/mask.h"
 #include "train/sparse_codec.h"
 #include "train/teacher.h"
@@ -279,15 +280,14 @@ void run_prune(const Node& node, StageRun& run) {
   run.current.quantized.clear();
 }
 
-// Norms and biases that a tuning moves need whole floats in the file, whatever they needed before.
+// Norms and biases that a tuning moves, here or in a stage of its own, need whole floats in the file, whatever they needed before.
 BudgetTarget quantize_target(const QuantizeOptions& options, const Recipe& recipe, const Transformer& shapes, const Tokenizer& tokenizer, bool halves) {
-  BudgetTarget target = budget_target(recipe, shapes, tokenizer, halves);
-  if (!options.tunes_model() || options.others == "f16") return target;
+  const bool tunes_later = std::any_of(recipe.stages.begin(), recipe.stages.end(), [](const RecipeStage& stage) { return stage.row->name == "tune"; });
+  if (!tunes_later && (!options.tunes_model() || options.others == "f16")) return budget_target(recipe, shapes, tokenizer, halves);
   std::set<std::string> vectors;
   for (const auto& [name, value] : shapes.parameters())
     if (value.dim() == 1) vectors.insert(name);
-  keep_whole_floats(target, shapes, [vectors = std::move(vectors)](const std::string& name) { return vectors.count(name) > 0; });
-  return target;
+  return budget_target(recipe, shapes, tokenizer, halves, [vectors = std::move(vectors)](const std::string& name) { return vectors.count(name) > 0; });
 }
 
 void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model) {
@@ -310,7 +310,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
       if (options.has_pretrain) add_training(input, options.pretrain, nullptr, model);
       add_training(input, options.train, &options.objective, model);
     }
-    if (options.tunes_model() && input.calibration_windows > 0) add_training(input, kl_train_options(options, input.calibration_windows, input.calibration_length), &options.objective, model);
+    if (options.tunes_model() && input.calibration_windows > 0) add_training(input, kl_train_options(options.tune, options.tuning, input.calibration_windows, input.calibration_length), &options.objective, model);
   };
   if (options.has_budget) {
     model.config = basis_config(model.config, options.basis);
@@ -339,6 +339,47 @@ void run_quantize(const Node& node, StageRun& run) {
                                                    : quantize(*run.current.model, options, objectives, run.context);
   run.current.quantized.clear();
   for (const auto& [name, values] : result.tensors) run.current.quantized[name] = {result.plan.tensors.at(name), values};
+}
+
+// The last windows of the calibration text score the tuning: neither the method nor a tuning before may have seen them.
+void check_unseen(const PlanInput& input, const TuneOptions& options, const Place& place) {
+  const DataSource* heldout = input.recipe.find_data("heldout");
+  if (heldout || input.calibration_windows == 0) return;
+  const std::int64_t held = held_out_windows(input.calibration_windows, options.tuning.holdout);
+  const auto refuse_less = [&](const RecipeStage& stage, double holdout) {
+    if (held_out_windows(input.calibration_windows, holdout) < held)
+      throw Error(str("the last ", held, " of ", input.calibration_windows, " calibration windows choose among the checkpoints, and stage \"", stage.title, "\" tunes on some of them"))
+          .at(place.text()).given(str("holdout: ", shortest(options.tuning.holdout))).allowed(str("at most ", shortest(holdout), ", as there")).hint("give both the same holdout, or a data set heldout");
+  };
+  for (std::size_t i = input.stage; i-- > 0;) {
+    if (input.recipe.stages[i].row->name == "tune") refuse_less(input.recipe.stages[i], read_stage<TuneOptions>(input.recipe.stages[i].options).tuning.holdout);
+    if (input.recipe.stages[i].row->name != "quantize") continue;
+    const auto method = read_stage<QuantizeOptions>(input.recipe.stages[i].options);
+    if (method.tunes_model()) return refuse_less(input.recipe.stages[i], method.tuning.holdout);
+    if (method.calibration_sequences + held > input.calibration_windows)
+      throw Error(str("the last ", held, " of ", input.calibration_windows, " calibration windows choose among the checkpoints, and stage \"", input.recipe.stages[i].title, "\" sees them"))
+          .at(place.text()).given(str("calibration_sequences: ", method.calibration_sequences)).allowed(str("at most ", input.calibration_windows - held, ", more calibration text, or a data set heldout")).hint("set calibration_sequences of that stage, or data.heldout");
+    return;
+  }
+}
+
+void plan_tune(const Node& node, const PlanInput& input, PlannedModel& model) {
+  const auto options = read_stage<TuneOptions>(node);
+  Problems problems;
+  check_tune(model.config, model.quantized, options, node.place.text(), problems);
+  problems.throw_if_any("the stage's options are not valid");
+  plan_teacher_tokens(input, options.objective, model, "tune");
+  check_unseen(input, options, node.place);
+  if (input.calibration_windows > 0) add_training(input, kl_train_options(options.mode, options.tuning, input.calibration_windows, input.calibration_length), &options.objective, model);
+  model.bytes = float_bytes(model.config);
+}
+
+void run_tune(const Node& node, StageRun& run) {
+  const auto options = read_stage<TuneOptions>(node);
+  QuantizedModel quantized;
+  for (const auto& [name, tensor] : run.current.quantized) quantized.plan.tensors[name] = tensor.spec, quantized.tensors[name] = tensor.values;
+  tune(*run.current.model, quantized, options, stage_objectives(options.objective, run), run.context);
+  for (const auto& [name, values] : quantized.tensors) run.current.quantized.at(name).values = values;
 }
 
 void plan_export(const Node& node, const PlanInput&, PlannedModel& model) {
@@ -376,7 +417,7 @@ EvaluateOptions evaluate_options(const Recipe& recipe) {
 }
 
 std::span<const StageRow> stage_rows() {
-  static constexpr std::array<StageRow, 7> rows = {{
+  static constexpr std::array<StageRow, 8> rows = {{
       {"finetune", "trains the model on the labels; the result is the teacher of the stages after it", true, false, true, describe_stage<FinetuneOptions>, check_stage<FinetuneOptions>, plan_finetune, run_finetune},
       {"distill", "trains a smaller student under the teacher", true, true, true, describe_stage<DistillOptions>, check_stage<DistillOptions>, plan_distill, run_distill},
       {"prune", "removes neurons, heads, layers and vocabulary for real", false, false, true, describe_stage<PruneOptions>, check_stage<PruneOptions>, plan_prune, run_prune},
@@ -384,6 +425,7 @@ std::span<const StageRow> stage_rows() {
       {"export", "writes the artifact, reopens it and proves that it computes the same", false, false, false, describe_stage<ExportOptions>, check_stage<ExportOptions>, plan_export, run_export},
       {"evaluate", "how every model on the way is measured", false, false, false, describe_stage<EvaluateOptions>, check_stage<EvaluateOptions>, plan_evaluate, run_evaluate},
       {"search", "finds layers, widths, heads, vocabulary and formats together under a budget of bytes, memory, time or energy, and cuts the model to them", false, false, true, describe_stage<SearchOptions>, check_stage<SearchOptions>, plan_search, run_search},
+      {"tune", "moves what a stage quantize has stored towards the teacher's predictions, on its grid", false, true, true, describe_stage<TuneOptions>, check_stage<TuneOptions>, plan_tune, run_tune},
   }};
   return rows;
 }

@@ -40,8 +40,10 @@ class BlockTuner {
  public:
   BlockTuner(Transformer& model, std::int64_t layer, const CalibrationSet& set, const BlockActivations& activations, const BlockTuneOptions& options, std::uint64_t seed)
       : model_(model), layer_(layer), set_(set), activations_(activations), options_(options), random_(seed, "block-tune/" + std::to_string(layer)) {
-    for (std::size_t b = 0; b < set.inputs.size(); ++b)
+    for (std::size_t b = 0; b < set.inputs.size(); ++b) {
       for (std::int64_t row = 0; row < set.inputs[b].ids.size(0); ++row) sequences_.push_back({b, row});
+      if (activations.weights) weights_.push_back(laid_out(b));
+    }
   }
 
   BlockTuneResult run(const std::map<std::string, at::Tensor>& original, const QuantizationPlan& plan, std::map<std::string, Quantized>& quantized) {
@@ -91,9 +93,17 @@ class BlockTuner {
   };
   struct Piece {
     ModelInput input;
-    at::Tensor x, target, valid;  // [r,T,d]; valid [r,T,1] or undefined
-    double values = 0;            // scored numbers
+    at::Tensor x, target, weight;  // [r,T,d]; weight [r,T,1], 0 where padding is, or undefined = all 1
+    double values = 0;             // scored numbers
   };
+
+  // The tokens' weights where the tokens stand: [B,T], 0 where padding is.
+  at::Tensor laid_out(std::size_t b) const {
+    const at::Tensor& weights = (*activations_.weights)[b];
+    const at::IntArrayRef shape = set_.inputs[b].ids.sizes();
+    if (!set_.valid[b].defined()) return weights.view(shape);
+    return at::zeros({shape[0] * shape[1]}, weights.options()).index_copy_(0, set_.valid[b], weights).view(shape);
+  }
 
   // Rows of equal length side by side, at least two pieces where there are two rows.
   std::vector<Piece> pieces(std::vector<std::int64_t> rows) const {
@@ -113,7 +123,7 @@ class BlockTuner {
   }
 
   Piece piece(const std::vector<std::int64_t>& rows) const {
-    std::vector<at::Tensor> ids, x, target, lengths;
+    std::vector<at::Tensor> ids, x, target, lengths, weights;
     bool padded = false;
     for (const std::int64_t s : rows) {
       const auto& [b, row] = sequences_[static_cast<std::size_t>(s)];
@@ -122,20 +132,23 @@ class BlockTuner {
       ids.push_back(input.ids[row]), x.push_back(activations_.input(b)[row]), target.push_back(activations_.target(b)[row]);
       padded = padded || input.lengths.defined();
       lengths.push_back(input.lengths.defined() ? input.lengths[row] : at::full({}, input.ids.size(1), input.ids.options()));
+      if (!weights_.empty()) weights.push_back(weights_[b][row]);
     }
     Piece out;
     out.input.ids = at::stack(ids), out.x = at::stack(x), out.target = at::stack(target);
     out.values = static_cast<double>(out.x.numel());
+    if (!weights.empty()) out.weight = at::stack(weights).unsqueeze(2);
     if (!padded) return out;
     out.input.lengths = at::stack(lengths);
-    out.valid = at::arange(out.x.size(1), lengths[0].options()).lt(out.input.lengths.unsqueeze(1)).unsqueeze(2);
-    out.values = out.valid.sum().item<double>() * static_cast<double>(out.x.size(2));
+    const at::Tensor valid = at::arange(out.x.size(1), lengths[0].options()).lt(out.input.lengths.unsqueeze(1)).unsqueeze(2);
+    out.values = valid.sum().item<double>() * static_cast<double>(out.x.size(2));
+    if (!out.weight.defined()) out.weight = valid.to(out.x.scalar_type());
     return out;
   }
 
   at::Tensor square_error(const Piece& piece) const {
-    const at::Tensor error = model_.block_forward(layer_, piece.x, piece.input) - piece.target;
-    return (piece.valid.defined() ? error * piece.valid : error).square().sum();
+    const at::Tensor error = (model_.block_forward(layer_, piece.x, piece.input) - piece.target).square();
+    return (piece.weight.defined() ? error * piece.weight : error).sum();
   }
 
   // What the latents stand for. Codes that are stored by their entropy take no more bytes together than the method's did; empty where that
@@ -223,6 +236,7 @@ class BlockTuner {
   const BlockTuneOptions& options_;
   const CounterRandom random_;
   std::vector<Sequence> sequences_;
+  std::vector<at::Tensor> weights_;  // by batch [B,T]; empty = tokens count the same
   std::vector<Slot> slots_;
   std::vector<std::int64_t> order_;
   std::int64_t start_bytes_ = 0;  // of the entropy-coded matrices

@@ -20,6 +20,8 @@ namespace kompakt {
 struct BlockActivations {
   std::function<at::Tensor(std::size_t)> input;   // behind the quantized blocks before
   std::function<at::Tensor(std::size_t)> target;  // output of the float block for the float model's input
+  // How much a token's squared error counts: by batch, [real tokens], mean 1 (quantize/token_weights.h); null = all the same.
+  const std::vector<at::Tensor>* weights = nullptr;
 };
 
 struct BlockTuneResult {

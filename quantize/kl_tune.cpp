@@ -19,6 +19,7 @@
 #include "quantize/latent.h"
 #include "quantize/tensors.h"
 #include "train/loop.h"
+#include "train/precision.h"
 #include "train/state.h"
 #include "train/teacher.h"
 
@@ -71,7 +72,9 @@ class LearnedGrid final : public Constraint {
       const Quantized& start = quantized_.tensors.at(linear->name);
       Slot& slot = slots_[linear->name];
       slot.grid = latent_grid(quantized_.plan.tensors.at(linear->name), start);
-      slot.values = latent_start(slot.grid, mode_.codes_learn ? original_.at(linear->name) : linear->weight, start.codes, mode_.codes_learn ? margin_ : 0);
+      // Where the float weights are not known, latents start in the middle of their codes.
+      const auto floats = mode_.codes_learn ? original_.find(linear->name) : original_.end();
+      slot.values = latent_start(slot.grid, floats != original_.end() ? floats->second : linear->weight, start.codes, mode_.codes_learn ? margin_ : 0);
       linear->weight = slot.values.codes;
       if (slot.coded()) start_bytes_ += stored_bytes(slot.grid.spec, start);
       linear->transform = [&slot](const at::Tensor& latent) {
@@ -266,8 +269,11 @@ void fields(FieldVisitor& visitor, KlTuneOptions& options) {
   visitor.number("margin", options.margin, "tune: weights; how far from its code, in codes, a latent may start", {.min = 0, .max = 0.49});
   visitor.integer("evaluations", options.evaluations, "how many times the decoded model is scored on held-out text", {.min = 1});
   visitor.integer("patience", options.patience, "scores in a row without a better checkpoint that end the tuning; 0 = never", {.min = 0});
+  visitor.choice("precision", options.precision, "of the passes that learn: auto = bf16 autocast where the hardware multiplies bf16; scores are float32", precision_names());
   visitor.number("holdout", options.holdout, "share of the calibration text that nothing but the scores sees, when the data has no set heldout", {.min = 0, .max = 0.5});
 }
+
+std::int64_t held_out_windows(std::int64_t windows, double holdout) { return std::max<std::int64_t>(1, std::llround(std::ceil(holdout * static_cast<double>(windows)))); }
 
 TuningText tuning_text(const StageContext& context, double holdout) {
   const TaskData* data = context.data;
@@ -277,7 +283,7 @@ TuningText tuning_text(const StageContext& context, double holdout) {
   const auto& all = data->calibration;
   const auto count = static_cast<std::int64_t>(all.size());
   text.own_heldout = !data->heldout.empty();
-  const std::int64_t held = text.own_heldout ? 0 : std::max<std::int64_t>(1, std::llround(std::ceil(holdout * static_cast<double>(count))));
+  const std::int64_t held = text.own_heldout ? 0 : held_out_windows(count, holdout);
   if (count - held < 1)
     throw Error("the calibration text is too short to tune on and to hold a part out").at(context.title).given(str(count, count == 1 ? " window" : " windows")).allowed("at least 2 windows, or 1 and a data set heldout").hint("give more calibration text or shorter windows (max_length)");
   text.tuning.assign(all.begin(), all.end() - held);
@@ -308,10 +314,9 @@ double mean_divergence(const Transformer& model, TeacherSource& teacher, const s
   return positions > 0 ? total / static_cast<double>(positions) : std::numeric_limits<double>::quiet_NaN();
 }
 
-TrainOptions kl_train_options(const QuantizeOptions& options, std::int64_t windows, std::int64_t length) {
-  const TuneMode* mode = find_tune_mode(options.tune);
+TrainOptions kl_train_options(const std::string& mode_name, const KlTuneOptions& tuning, std::int64_t windows, std::int64_t length) {
+  const TuneMode* mode = find_tune_mode(mode_name);
   if (!mode) throw std::logic_error("kl_tune: mode none");
-  const KlTuneOptions& tuning = options.tuning;
   const std::int64_t batch = std::clamp<std::int64_t>(tuning.batch, 1, std::max<std::int64_t>(1, windows));
   TrainOptions train;
   train.steps = tuning.steps > 0 ? tuning.steps : std::max<std::int64_t>(1, std::llround(std::ceil(tuning.epochs * static_cast<double>(windows) / static_cast<double>(batch))));
@@ -323,12 +328,12 @@ TrainOptions kl_train_options(const QuantizeOptions& options, std::int64_t windo
   train.norm_learning_rate = tuning.norm_learning_rate > 0 ? tuning.norm_learning_rate : train.learning_rate * mode->norm_rate;
   train.weight_decay = 0, train.beta1 = 0.9, train.beta2 = 0.95, train.epsilon = 1e-10;  // gradients in units of codes are small
   train.schedule = "cosine", train.final_ratio = 0.02, train.warmup = std::min(0.1, 20.0 / static_cast<double>(train.steps));
-  train.dropout = 0, train.precision = "float32";
+  train.dropout = 0, train.precision = tuning.precision;
   train.save_every_steps = std::max<std::int64_t>(1, (train.steps + tuning.evaluations - 1) / tuning.evaluations);
   return train;
 }
 
-Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::string, at::Tensor>& original, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives,
+Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::string, at::Tensor>& original, const std::string& mode_name, const KlTuneOptions& tuning, const std::vector<std::shared_ptr<Objective>>& objectives,
              const TuningText& text, StageContext& context) {
   if (objectives.empty()) throw Error("tuning trains, and no loss is given").at(context.title).hint("give quantize.objective a list of losses as in distill");
   if (!context.teacher || !context.work.has_parent_path()) throw std::logic_error("kl_tune: no teacher or no work folder");
@@ -341,8 +346,8 @@ Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::
   const double start = mean_divergence(model, *context.teacher, text.heldout), start_seen = mean_divergence(model, *context.teacher, seen);
   log_info(str(context.title, ": untuned, held-out KL ", fixed(start, 4), ", on calibration text ", fixed(start_seen, 4)));
 
-  const TuneMode& mode = *find_tune_mode(options.tune);
-  TrainOptions train_options = kl_train_options(options, static_cast<std::int64_t>(text.tuning.size()), static_cast<std::int64_t>(text.tuning.front().size()));
+  const TuneMode& mode = *find_tune_mode(mode_name);
+  TrainOptions train_options = kl_train_options(mode_name, tuning, static_cast<std::int64_t>(text.tuning.size()), static_cast<std::int64_t>(text.tuning.front().size()));
   std::map<std::string, at::Tensor> weights;  // of the start, which comes back when no checkpoint is better
   std::set<std::string> latents;              // parameters that learn
   for (const Linear* linear : kl_linears(model, quantized.plan)) {
@@ -364,8 +369,8 @@ Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::
   StageContext inner = context;
   inner.data = &data, inner.details = &details;
 
-  const auto grid = std::make_shared<LearnedGrid>(quantized, original, mode, options.tuning.margin, kl_own_scale_rate(options.tuning, mode) ? options.tuning.scale_learning_rate / train_options.learning_rate : mode.scale_rate);
-  KlMonitor monitor(*grid, quantized.plan, text, options.tuning, start, context);
+  const auto grid = std::make_shared<LearnedGrid>(quantized, original, mode, tuning.margin, kl_own_scale_rate(tuning, mode) ? tuning.scale_learning_rate / train_options.learning_rate : mode.scale_rate);
+  KlMonitor monitor(*grid, quantized.plan, text, tuning, start, context);
   const TrainResult trained = train(model, train_options, objectives, {grid}, inner, &monitor);
   for (const auto& [name, weight] : weights) model.find_linear(name)->weight = weight;
   kl_set_vectors(model, vectors);

@@ -32,6 +32,7 @@ struct TuningText {
   std::vector<std::vector<std::int64_t>> tuning, heldout;
   bool own_heldout = false;
 };
+std::int64_t held_out_windows(std::int64_t windows, double holdout);  // how many of them
 // Error where the run has no calibration text, or too little to hold a part of it out.
 TuningText tuning_text(const StageContext& context, double holdout);
 
@@ -40,15 +41,16 @@ TuningText tuning_text(const StageContext& context, double holdout);
 double mean_divergence(const Transformer& model, TeacherSource& teacher, const std::vector<std::vector<std::int64_t>>& windows);
 
 // `model` holds the decoded weights of `quantized`; both hold the best candidate afterwards. Linears of blocks on grids of even
-// levels take part; everything else, the embedding included, stays. `original`: their float weights by name, for mode weights.
+// levels take part; everything else, the embedding included, stays. `mode`: a row of the table. `original`: their float weights by name,
+// from which the latents of mode weights start; those without an entry start in the middle of their codes.
 // Codes that are stored by their entropy are scored, and kept, as such that take no more bytes than those of the start
 // (quantize/code_price.h). State for resuming lies in context.work, which must be this call's own; context.teacher must be set.
 // Returns the part of the report: {mode, steps, winner, candidates: [{name, step, heldout_kl, calibration_kl (start and winner),
 // coded: {bytes, untuned_bytes, price}}], ...}.
-Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::string, at::Tensor>& original, const QuantizeOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives,
+Json kl_tune(Transformer& model, QuantizedModel& quantized, const std::map<std::string, at::Tensor>& original, const std::string& mode, const KlTuneOptions& tuning, const std::vector<std::shared_ptr<Objective>>& objectives,
              const TuningText& text, StageContext& context);
 
 // The loop's options for `windows` windows of `length` tokens (freezing apart); also what `plan` predicts from.
-TrainOptions kl_train_options(const QuantizeOptions& options, std::int64_t windows, std::int64_t length);
+TrainOptions kl_train_options(const std::string& mode, const KlTuneOptions& tuning, std::int64_t windows, std::int64_t length);
 
 }  // namespace kompakt

@@ -304,7 +304,9 @@ class QuantizeRun {
   void tune_one_block(SequentialCalibration& calibration, std::int64_t layer, const std::map<std::string, at::Tensor>& original, std::size_t first_row) {
     const auto start = std::chrono::steady_clock::now();
     calibration.advance_teacher(layer, original);
-    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }};
+    // Behind the block's last linear flows what the block adds: the gradient there is that of the block's output.
+    const std::vector<Linear*> last = part_linears(model_.blocks[static_cast<std::size_t>(layer)], BlockPart::down);
+    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }, token_weights_.empty() || last.empty() ? nullptr : &token_weights_.at(last.back()->name)};
     std::map<std::string, at::Tensor> places;  // where the weights lie
     for (std::size_t i = first_row; i < layers_.size(); ++i) {
       const std::string name = layers_[i].at("layer");
@@ -329,7 +331,7 @@ class QuantizeRun {
     StageContext inner = context_;
     inner.work = context_.work / "tune";
     if (own_teacher_) inner.teacher = own_teacher_.get();
-    tuning_ = kl_tune(model_, result_, original, options_, objectives, text_, inner);
+    tuning_ = kl_tune(model_, result_, original, options_.tune, options_.tuning, objectives, text_, inner);
     if (tuning_.at("winner_step") == 0) return;
     for (Json& row : layers_)
       if (const auto found = original.find(row.at("layer").get<std::string>()); found != original.end()) row["error"] = describe_layer(found->first, result_.plan.tensors.at(found->first), found->second, result_.tensors.at(found->first)).at("error");

@@ -41,6 +41,7 @@ struct KlTuneOptions {
   std::int64_t evaluations = 6;       // checkpoints scored on held-out text
   std::int64_t patience = 3;          // of them without a better one
   double holdout = 0.05;              // share of the calibration text
+  std::string precision = "float32";  // of the passes that learn: auto | float32 | bf16; scores are float32
 };
 void fields(FieldVisitor& visitor, KlTuneOptions& options);
 

@@ -267,7 +267,7 @@ const std::vector<std::string>& report_keys() {
   return keys;
 }
 const std::vector<std::string>& stage_kinds() {
-  static const std::vector<std::string> kinds = {"finetune", "distill", "prune", "quantize", "export", "evaluate"};
+  static const std::vector<std::string> kinds = {"finetune", "distill", "prune", "quantize", "export", "evaluate", "search", "tune"};
   return kinds;
 }
 

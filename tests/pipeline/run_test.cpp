@@ -252,4 +252,75 @@ TEST_CASE("a decoder tuned on its grid by blocks and as a whole: planned, report
   CHECK(tuning.at("heldout_kl").get<double>() <= tuning.at("untuned_heldout_kl").get<double>());
   CHECK(contains_all(read_text(tiny.out("tuned") / "report.md"), {"Tuning of 01-quantize", "Whole model (scales): kept", "| untuned |", "Blocks: "}));
   CHECK(contains_all(read_text(tiny.out("tuned") / "report.html"), {"Tuning on the grid", "divergence on held-out text", "untuned"}));
+
+  // As a stage of its own: the method's work is taken from the store when only the tuning changes, and both models are measured.
+  const auto staged = [&](const std::string& sequences, const std::string& tune, const std::string& before = "") {
+    write_text(tiny.recipe(), str("name: tiny\nseed: 5\nstore: store\nteacher: {path: teacher}\ndata:\n  calibration: {files: [calibration.txt], format: text, max_length: 16}\n  test: {files: [test.txt], format: text, max_length: 16}\n"
+                                  "stages:\n", before, "  - quantize: {weights: ternary, group: 32, method: gptq", sequences, "}\n  - tune: ", tune, "\n  - export: {formats: [kompakt]}\n  - evaluate: {latency: false}\n"));
+    return read_recipe(tiny.recipe());
+  };
+  const auto planned = [](const Recipe& r) { return error_text([&] { predict_stages(r, load_data(r)); }); };
+  const std::string seen = planned(staged("", "{steps: 12, batch: 4, evaluations: 3, holdout: 0.2}"));
+  CHECK(contains_all(seen, {"calibration windows choose among the checkpoints", "01-quantize", "calibration_sequences: 128", "at most "}));
+  CHECK(contains_all(error_text([&] { staged("", "{mode: none}"); }), {"mode", "none", "scales, weights"}));
+  for (const char* steps : {"12", "16"}) {
+    const Recipe recipe_of_two = staged(", calibration_sequences: 8", str("{steps: ", steps, ", batch: 4, evaluations: 3, holdout: 0.2}"));
+    CHECK(predict_stages(recipe_of_two, load_data(recipe_of_two))[1].memory_bytes > 0);
+    REQUIRE(run_recipe(recipe_of_two, {.out = tiny.out(str("staged", steps))}).code == ExitCode::ok);
+    const Json manifest = read_json(tiny.out(str("staged", steps)) / "manifest.json"), report = read_json(tiny.out(str("staged", steps)) / "report.json");
+    CHECK(manifest.at("stages").at(0).at("reused") == (std::string(steps) == "16"));
+    const Json& tune = report.at("stages").at(1);
+    CHECK(tune.at("name") == "02-tune");
+    CHECK(tune.at("details").at("tuning").at("planned_steps") == std::stoi(steps));
+    CHECK(contains_all(read_text(tiny.out(str("staged", steps)) / "report.md"), {"Tuning of 02-tune", "01-quantize"}));
+  }
+  CHECK(contains_all(planned(staged("", "{steps: 12}", "  - tune: {steps: 1}\n")), {"no codes to tune", "behind quantize"}));
+  CHECK(contains_all(planned(staged(", tune: scales, tuning: {holdout: 0.1}", "{steps: 12, holdout: 0.2}")), {"01-quantize", "tunes on some of them", "holdout: 0.2", "at most 0.1"}));
+  const Recipe twice = staged(", tune: scales, tuning: {holdout: 0.2}", "{steps: 12, holdout: 0.2}");
+  CHECK_NOTHROW(predict_stages(twice, load_data(twice)));
+}
+
+TEST_CASE("a budget foresees the whole floats that norms need once they are tuned", "[run][tune][budget]") {
+  TinySetting tiny;
+  std::int64_t vocabulary = 0;
+  for (const char c : read_text(tiny.folder() / "teacher" / "vocab.txt")) vocabulary += c == '\n';
+  const std::string pieces = read_text(tiny.folder() / "teacher" / "vocab.txt");
+  fs::remove_all(tiny.folder() / "teacher");
+  // Many and wide norms beside small matrices: what they need more is half of the room that the budget leaves.
+  const Json config = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"vocab_size", vocabulary}, {"hidden_size", 32}, {"num_hidden_layers", 6}, {"num_attention_heads", 2}, {"num_key_value_heads", 1},
+                       {"intermediate_size", 32}, {"hidden_act", "silu"}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"tie_word_embeddings", true}};
+  Transformer teacher(config_from_json(config, "tiny"), 3);
+  for (const NamedParameter& parameter : teacher.parameters()) *parameter.value = (parameter.value->detach() * (parameter.value->dim() > 1 ? 8 : 1)).to(at::kHalf).to(at::kFloat);
+  save_model(teacher, tiny.folder() / "teacher");
+  write_text(tiny.folder() / "teacher" / "vocab.txt", pieces);
+  std::string text;
+  for (int i = 0; i < 400; ++i) text += str(i % 3 ? "card " : "money ", i % 5 ? "is " : "has not ");
+  write_text(tiny.folder() / "text.txt", text + "\n");
+  std::string other;
+  for (int i = 0; i < 80; ++i) other += str(i % 4 ? "fee " : "rate ", i % 7 ? "has not " : "exchange ");
+  write_text(tiny.folder() / "other.txt", other + "\n");
+  const auto run = [&](const std::string& tune, std::int64_t bytes, const char* out) {
+    write_text(tiny.recipe(), str("name: tiny\nseed: 5\nstore: store\nteacher: {path: teacher}\ndata:\n  calibration: {files: [text.txt], format: text, max_length: 16}\n  test: {files: [other.txt], format: text, max_length: 16}\n"
+                                  "stages:\n  - quantize: {method: rtn, calibration_sequences: 8, budget: {bytes: ", bytes, ", formats: [\"ternary:32\", q4_0, q8_0], tokens: 200}", tune, "  - export: {formats: [kompakt]}\n  - evaluate: {latency: false}\n"));
+    const Recipe recipe = read_recipe(tiny.recipe());
+    if (!*out) return std::pair<std::int64_t, std::string>{0, error_text([&] { predict_stages(recipe, load_data(recipe)); })};
+    REQUIRE(run_recipe(recipe, {.out = tiny.out(out)}).code == ExitCode::ok);
+    return std::pair<std::int64_t, std::string>{static_cast<std::int64_t>(bytes_on_disk(tiny.out(out) / "artifact") - bytes_on_disk(tiny.out(out) / "artifact" / "lineage.json")), ""};
+  };
+  const auto smallest = [&](const std::string& tune) {
+    std::int64_t low = 0;
+    const std::string error = run(tune, 1000, "").second;
+    CAPTURE(error);
+    REQUIRE(contains_all(error, {"allowed: "}));
+    REQUIRE(std::sscanf(error.substr(error.find("allowed")).c_str(), "allowed: %ld", &low) == 1);
+    return low;
+  };
+  const std::string inside = ", tune: scales, tuning: {steps: 8, batch: 4, evaluations: 2, learning_rate: 0.01}}\n", behind = "}\n  - tune: {steps: 8, batch: 4, evaluations: 2, learning_rate: 0.01}\n";
+  const std::int64_t plain = smallest("}\n"), tuned = smallest(inside);
+  constexpr std::int64_t more = 2 * 13 * 32;  // two bytes for every norm's value; and a few digits of offsets in the header
+  CHECK(tuned >= plain + more);
+  CHECK(tuned <= plain + more + 64);
+  CHECK(smallest(behind) == tuned);
+  CHECK(run(inside, tuned, "inside").first == tuned);
+  CHECK(run(behind, tuned, "behind").first == tuned);
 }

@@ -15,10 +15,14 @@
 #include "evaluate/language.h"
 #include "model/checkpoint.h"
 #include "model/paged.h"
+#include "model/rounding.h"
 #include "quantize/tensors.h"
+#include "quantize/token_weights.h"
+#include "quantize/tune.h"
 #include "tests/catch_torch.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
+#include "train/calibration.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -128,22 +132,22 @@ TEST_CASE("steps, batches and rates follow from the options", "[quantize][kl_tun
   QuantizeOptions options;
   options.tune = "weights";
   options.tuning.batch = 12, options.tuning.epochs = 2;
-  const TrainOptions train = kl_train_options(options, 100, 512);
+  const TrainOptions train = kl_train_options(options.tune, options.tuning, 100, 512);
   CHECK(train.steps == 17);  // 200 windows
   CHECK(train.batch_size == 4);
   CHECK(train.accumulate == 3);
   CHECK(train.sequence_length == 512);
   CHECK(train.learning_rate == 0.01);
   CHECK(train.norm_learning_rate == Approx(0.0003));
-  CHECK(kl_train_options(options, 3, 512).batch_size * kl_train_options(options, 3, 512).accumulate == 3);  // no more than there are
+  CHECK(kl_train_options(options.tune, options.tuning, 3, 512).batch_size * kl_train_options(options.tune, options.tuning, 3, 512).accumulate == 3);  // no more than there are
   options.tuning.steps = 5, options.tuning.learning_rate = 0.5;
-  CHECK(kl_train_options(options, 100, 4096).steps == 5);
-  CHECK(kl_train_options(options, 100, 4096).batch_size == 1);
-  CHECK(kl_train_options(options, 100, 512).learning_rate == 0.5);
+  CHECK(kl_train_options(options.tune, options.tuning, 100, 4096).steps == 5);
+  CHECK(kl_train_options(options.tune, options.tuning, 100, 4096).batch_size == 1);
+  CHECK(kl_train_options(options.tune, options.tuning, 100, 512).learning_rate == 0.5);
   options.tuning.learning_rate = 0.004;
-  CHECK(kl_train_options(options, 100, 512).norm_learning_rate == Approx(0.03 * 0.004));
+  CHECK(kl_train_options(options.tune, options.tuning, 100, 512).norm_learning_rate == Approx(0.03 * 0.004));
   options.tuning.scale_learning_rate = 0.01, options.tuning.norm_learning_rate = 0.002;
-  CHECK(kl_train_options(options, 100, 512).norm_learning_rate == 0.002);
+  CHECK(kl_train_options(options.tune, options.tuning, 100, 512).norm_learning_rate == 0.002);
 }
 
 TEST_CASE("a rate of scales beside the rate of scales is refused", "[quantize][kl_tune]") {
@@ -200,6 +204,20 @@ TEST_CASE("tuning lowers the held-out divergence, stays on the grid and reports 
       for (const Linear* linear : tuned.model->linears()) CHECK_FALSE(static_cast<bool>(linear->transform));
     }
   }
+}
+
+TEST_CASE("tuning in bfloat16 products lowers the divergence that float32 finds", "[quantize][kl_tune]") {
+  const std::shared_ptr<const Transformer> original = testing::tiny_decoder(3);
+  const TaskData data = kl_text(160);
+  const TemporaryFolder work;
+  QuantizeOptions options = kl_options("ternary", "gptq", "scales");
+  options.tuning.steps = 48, options.tuning.batch = 16, options.tuning.learning_rate = 0.03, options.tuning.precision = "bf16";
+  const KlRun tuned = kl_run(*original, options, data, work.path());
+  const Json& report = tuned.details.at("tuning");
+  CAPTURE(report.dump());
+  CHECK(report.at("heldout_kl").get<double>() < 0.9 * report.at("untuned_heldout_kl").get<double>());
+  CHECK(report.at("heldout_kl").get<double>() == Approx(kl_of(*original, *tuned.model, tuning_text(kl_context(data, {}), 0.2).heldout)).epsilon(1e-4));
+  for (const auto& [name, q] : tuned.result.tensors) CHECK(at::equal(*find_quantizable(*tuned.model, name).weight, decode(tuned.result.plan.tensors.at(name), q)));
 }
 
 TEST_CASE("a tuning that makes the model worse is thrown away to the byte, and patience ends it", "[quantize][kl_tune]") {
@@ -290,6 +308,104 @@ TEST_CASE("block tuning in the stage: closer outputs, the same bytes for threads
     }
   }
   at::set_num_threads(threads);
+}
+
+TEST_CASE("blocks are tuned with the tokens' weights where those are asked for", "[quantize][kl_tune]") {
+  const std::shared_ptr<const Transformer> original = testing::tiny_decoder(3);
+  const TaskData data = kl_text(12);
+  const TemporaryFolder work;
+  QuantizeOptions options = kl_options("ternary", "gptq", "none");
+  options.has_block_tune = true, options.block_tune.iterations = 20, options.block_tune.evaluate_every = 10;
+  options.token_weights = "gradient_norm";
+  const KlRun weighted = kl_run(*original, options, data, work.path() / "weighted");
+  options.has_block_tune = false;
+  const KlRun method = kl_run(*original, options, data, work.path() / "method");
+  CHECK(kl_of(*original, *weighted.model, data.calibration) < kl_of(*original, *method.model, data.calibration));
+  // The first block behind a float embedding: what comes in is the float model's, so that the weighted error of its output can be computed apart.
+  StageContext context = kl_context(data, {});
+  const CalibrationSet set = calibration_set(context, options.calibration_sequences);
+  const auto copy = original->clone();
+  const TokenWeights weights = token_weights(*copy, set, *find_token_weights("gradient_norm"), context.seed);
+  const auto error = [&](const Transformer& model) {
+    at::NoGradGuard no_grad;
+    double sum = 0, values = 0;
+    for (std::size_t b = 0; b < set.inputs.size(); ++b) {
+      const at::Tensor x = original->embed(set.inputs[b]), wanted = original->block_forward(0, x, set.inputs[b]);
+      at::Tensor squares = (model.block_forward(0, x, set.inputs[b]) - wanted).square().sum(2).flatten();
+      if (set.valid[b].defined()) squares = squares.index_select(0, set.valid[b]);
+      sum += (squares * weights.at(original->blocks[0].mlp.down.name)[b]).sum(at::kDouble).item<double>();
+      values += static_cast<double>(squares.numel() * x.size(2));
+    }
+    return sum / values;
+  };
+  options.embedding = "none", options.has_block_tune = true;
+  const KlRun plain = kl_run(*original, options, data, work.path() / "plain");
+  const Json first = plain.details.at("blocks")[0];
+  CHECK(first.at("best_iteration").get<std::int64_t>() > 0);
+  CHECK(first.at("error_after").get<double>() == Approx(error(*plain.model)).epsilon(1e-4));
+}
+
+TEST_CASE("the stage tune goes on from stored codes to what one stage with method and tuning makes", "[quantize][kl_tune]") {
+  const std::shared_ptr<const Transformer> original = testing::tiny_decoder(3);
+  const TaskData data = kl_text(40);
+  const TemporaryFolder work;
+  TaskData rest = data;
+  rest.calibration = tuning_text(kl_context(data, {}), 0.2).tuning;
+  const auto teacher = live_teacher(original);
+  const auto tuned_after = [&](const char* mode, Json& details) {
+    KlRun run = kl_run(*original, kl_options("ternary", "gptq", "none"), rest, work.path() / "method");
+    save_quantized(run.result, work.path());
+    run.result = load_quantized(work.path());
+    StageContext context = kl_context(data, work.path() / mode);
+    context.details = &details, context.teacher = teacher.get();
+    TuneOptions options;
+    options.mode = mode, options.tuning = kl_options("ternary", "gptq", mode).tuning;
+    tune(*run.model, run.result, options, {std::make_shared<PlainKl>()}, context);
+    return run;
+  };
+  Json details = Json::object();
+  const KlRun scales = tuned_after("scales", details), together = kl_run(*original, kl_options("ternary", "gptq", "scales"), data, work.path() / "together");
+  CHECK((kl_bytes(scales) == kl_bytes(together)));
+  CHECK(details.at("tuning").at("winner_step").get<std::int64_t>() > 0);
+  CHECK(details.at("tuning").at("heldout_kl") == together.details.at("tuning").at("heldout_kl"));
+  CHECK(details.at("packed_bytes") == together.details.at("packed_bytes"));
+  // Latents start in the middle of their codes, so that the first forward pass is the model that came in.
+  const KlRun weights = tuned_after("weights", details = Json::object());
+  CHECK(details.at("tuning").at("heldout_kl").get<double>() <= details.at("tuning").at("untuned_heldout_kl").get<double>());
+  for (const auto& [name, q] : weights.result.tensors) CHECK(at::equal(*find_quantizable(*weights.model, name).weight, decode(weights.result.plan.tensors.at(name), q)));
+}
+
+TEST_CASE("the stage tune refuses what it cannot go on from", "[quantize][kl_tune]") {
+  const auto decoder = testing::tiny_decoder(3);
+  const auto refused = [](const ModelConfig& config, const std::map<std::string, GridSpec>& grids, const TuneOptions& options) {
+    Problems problems;
+    check_tune(config, grids, options, "stage \"tune\"", problems);
+    return error_text([&] { problems.throw_if_any("no"); });
+  };
+  const std::map<std::string, GridSpec> ternary = {{"a", {find_grid("ternary"), 8}}}, uneven = {{"a", {find_grid("iq4_nl"), 32}}, {"b", {find_grid("q4_k"), 32}}};
+  TuneOptions options;
+  Problems none;
+  check_tune(decoder->config(), ternary, options, "", none);
+  CHECK(none.empty());
+  CHECK(contains_all(refused(decoder->config(), {}, options), {"no codes to tune", "behind quantize"}));
+  CHECK(contains_all(refused(decoder->config(), uneven, options), {"no tensor of the model", "q4_0"}));
+  CHECK(contains_all(refused(testing::tiny_encoder(3)->config(), ternary, options), {"works on decoders", "method: qad"}));
+  options.tuning.scale_learning_rate = 0.01;
+  CHECK(contains_all(refused(decoder->config(), ternary, options), {"scale_learning_rate: 0.01", "set learning_rate"}));
+  options = {};
+  ModelConfig rounded = decoder->config();
+  RuntimeRounding rounding;
+  rounding.activations.emplace();
+  set_rounding(rounded, rounding);
+  CHECK(contains_all(refused(rounded, ternary, options), {"rounds activations", "quantize.tune"}));
+
+  const TaskData data = kl_text(8);
+  const TemporaryFolder work;
+  KlRun run = kl_run(*decoder, kl_options("ternary", "rtn", "none"), data, work.path() / "method");
+  StageContext context = kl_context(data, work.path());
+  CHECK(contains_all(error_text([&] { tune(*run.model, run.result, options, {std::make_shared<PlainKl>()}, context); }), {"no teacher", "float model"}));
+  context.masks["a"] = at::ones({1, 1}, at::kBool);
+  CHECK(contains_all(error_text([&] { tune(*run.model, run.result, options, {std::make_shared<PlainKl>()}, context); }), {"pruned", "method: qad"}));
 }
 
 TEST_CASE("tuning that cannot be is refused with the reason", "[quantize][kl_tune]") {

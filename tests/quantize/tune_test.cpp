@@ -60,8 +60,8 @@ TuneProblem tune_problem(const GridSpec& spec, std::uint64_t seed = 3, bool enco
   return p;
 }
 
-BlockTuneResult tune_run(TuneProblem& p, const BlockTuneOptions& options) {
-  const BlockActivations activations{[&](std::size_t b) { return p.inputs[b]; }, [&](std::size_t b) { return p.targets[b]; }};
+BlockTuneResult tune_run(TuneProblem& p, const BlockTuneOptions& options, const std::vector<at::Tensor>* weights = nullptr) {
+  const BlockActivations activations{[&](std::size_t b) { return p.inputs[b]; }, [&](std::size_t b) { return p.targets[b]; }, weights};
   return tune_block(*p.model, 0, p.set, activations, p.original, p.plan, options, 11, p.quantized);
 }
 
@@ -188,6 +188,38 @@ TEST_CASE("block tuning lowers the block's error on every grid and stays on it",
       error += difference.square().sum(at::kDouble).item<double>(), values += static_cast<double>(difference.numel());
     }
     CHECK(error / values == Approx(result.after).epsilon(1e-4));
+  }
+}
+
+TEST_CASE("tokens count by their weights: all one as without, padded or not, and those that count nothing do not matter", "[quantize][tune]") {
+  const GridSpec spec{find_grid("ternary"), 8};
+  BlockTuneOptions options;
+  options.iterations = 40, options.batch = 4, options.evaluate_every = 10;
+  for (const bool encoder : {false, true}) {
+    CAPTURE(encoder);
+    TuneProblem plain = tune_problem(spec, 3, encoder), same = tune_problem(spec, 3, encoder), some = tune_problem(spec, 3, encoder);
+    std::vector<at::Tensor> ones, half;
+    for (std::size_t b = 0; b < plain.set.inputs.size(); ++b) {
+      const std::int64_t tokens = plain.set.valid[b].defined() ? plain.set.valid[b].numel() : plain.set.inputs[b].ids.numel();
+      ones.push_back(at::ones({tokens}));
+      half.push_back(at::arange(tokens).remainder(2).to(at::kFloat) * 2);
+    }
+    const BlockTuneResult without = tune_run(plain, options), with = tune_run(same, options, &ones), odd = tune_run(some, options, &half);
+    CHECK(with.after == Approx(without.after).epsilon(1e-5));
+    for (const auto& [name, q] : plain.quantized) CHECK(tune_same(q, same.quantized.at(name)));
+    // On the tokens that count, codes chosen for them do better than codes chosen for all.
+    const auto error_of_odd = [&](const TuneProblem& p) {
+      at::NoGradGuard no_grad;
+      double error = 0, values = 0;
+      for (std::size_t b = 0; b < p.set.inputs.size(); ++b) {
+        at::Tensor squares = (p.model->block_forward(0, p.inputs[b], p.set.inputs[b]) - p.targets[b]).square().sum(2).flatten();
+        if (p.set.valid[b].defined()) squares = squares.index_select(0, p.set.valid[b]);
+        error += (squares * half[b]).sum(at::kDouble).item<double>(), values += static_cast<double>(squares.numel() * p.inputs[b].size(2));
+      }
+      return error / values;
+    };
+    CHECK(odd.after == Approx(error_of_odd(some)).epsilon(1e-4));
+    CHECK(odd.after < error_of_odd(plain));
   }
 }
 

@@ -140,7 +140,7 @@ TEST_CASE("a run on a GPU shows what it took there", "[report]") {
   stage["peak_device_memory_bytes"] = 3250000000, stage["energy_joules"] = 5400.0;
   const std::string html = report_html(report);
   check_page(html);
-  CHECK(contains_all(html, {"GPU memory", "GPU energy", "3.25 GB"}));
+  CHECK(contains_all(html, {"GPU memory", "GPU energy", "3.25 GB", "other programs on it included"}));
 }
 
 TEST_CASE("the page holds every part", "[report]") {
