@@ -30,6 +30,8 @@ void fields(FieldVisitor& visitor, TuneOptions& options) {
 void check_tune(const ModelConfig& config, const std::map<std::string, GridSpec>& grids, const TuneOptions& options, const std::string& place, Problems& problems) {
   if (options.mode == "scales" && options.tuning.scale_learning_rate > 0)
     problems.add(Error("mode scales has one rate, that of scales").at(place).given(str("scale_learning_rate: ", shortest(options.tuning.scale_learning_rate))).allowed("learning_rate").hint("set learning_rate instead"));
+  if (options.tuning.margin != KlTuneOptions().margin)
+    problems.add(Error("latents start in the middle of their codes here, as the float weights are not known any more: a margin would not be used").at(place).given(str("margin: ", shortest(options.tuning.margin))).hint("leave margin out, or tune in the stage quantize itself (quantize.tune: weights)"));
   if (config.family->encoder || config.is_classifier())
     problems.add(Error("tuning towards the teacher's predictions works on decoders and calibration text").at(place).given(config.is_classifier() ? "a classifier" : "an encoder").hint("quantize with method: qad trains on labelled examples under the teacher"));
   if (grids.empty()) {

@@ -392,6 +392,8 @@ TEST_CASE("the stage tune refuses what it cannot go on from", "[quantize][kl_tun
   CHECK(contains_all(refused(testing::tiny_encoder(3)->config(), ternary, options), {"works on decoders", "method: qad"}));
   options.tuning.scale_learning_rate = 0.01;
   CHECK(contains_all(refused(decoder->config(), ternary, options), {"scale_learning_rate: 0.01", "set learning_rate"}));
+  options = {}, options.mode = "weights", options.tuning.margin = 0.4;
+  CHECK(contains_all(refused(decoder->config(), ternary, options), {"middle of their codes", "margin: 0.4", "leave margin out"}));
   options = {};
   ModelConfig rounded = decoder->config();
   RuntimeRounding rounding;
