@@ -28,8 +28,8 @@ void tuning_model(const Json& tuning, TuningView& view) {
   const auto kept = number_at(tuning, "heldout_kl"), untuned = number_at(tuning, "untuned_heldout_kl");
   view.lines.push_back(str("Whole model (", tuning.value("mode", "–"), "): kept ", winner, ", divergence from the teacher on held-out text ", tuning_text(tuning, "heldout_kl", Unit::small_number),
                            winner == "untuned" ? "; no checkpoint was better" : str(", untuned ", tuning_text(tuning, "untuned_heldout_kl", Unit::small_number), kept && untuned && *untuned > 0 ? str(" (", fixed(*kept / *untuned, 2), " of it)") : std::string()), "."));
-  view.lines.push_back(str(tuning_text(tuning, "steps", Unit::number), " of ", tuning_text(tuning, "planned_steps", Unit::number), " steps of ", tuning_text(tuning, "tokens_per_step", Unit::number), " tokens over ", tuning_text(tuning, "tuning_tokens", Unit::number),
-                           " tokens of calibration text; held out: ", tuning_text(tuning, "heldout_tokens", Unit::number), " tokens (", tuning.value("heldout", "–"), ")."));
+  view.lines.push_back(str(tuning_text(tuning, "steps", Unit::count), " of ", tuning_text(tuning, "planned_steps", Unit::count), " steps of ", tuning_text(tuning, "tokens_per_step", Unit::count), " tokens over ", tuning_text(tuning, "tuning_tokens", Unit::count),
+                           " tokens of calibration text; held out: ", tuning_text(tuning, "heldout_tokens", Unit::count), " tokens (", tuning.value("heldout", "–"), ")."));
   const Json* candidates = find_json(tuning, {"candidates"});
   if (!candidates || !candidates->is_array()) return;
   for (const Json& row : *candidates) {
