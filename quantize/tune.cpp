@@ -1,7 +1,6 @@
 #include "quantize/tune.h"
 
 #include <algorithm>
-#include <chrono>
 
 #include "core/error.h"
 #include "core/text.h"

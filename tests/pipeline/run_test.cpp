@@ -286,7 +286,7 @@ TEST_CASE("a budget foresees the whole floats that norms need once they are tune
   for (const char c : read_text(tiny.folder() / "teacher" / "vocab.txt")) vocabulary += c == '\n';
   const std::string pieces = read_text(tiny.folder() / "teacher" / "vocab.txt");
   fs::remove_all(tiny.folder() / "teacher");
-  // Many and wide norms beside small matrices: what they need more is half of the room that the budget leaves.
+  // Many norms beside small matrices, all of them halves as the teacher comes.
   const Json config = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"vocab_size", vocabulary}, {"hidden_size", 32}, {"num_hidden_layers", 6}, {"num_attention_heads", 2}, {"num_key_value_heads", 1},
                        {"intermediate_size", 32}, {"hidden_act", "silu"}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"tie_word_embeddings", true}};
   Transformer teacher(config_from_json(config, "tiny"), 3);
