@@ -356,7 +356,8 @@ void check_unseen(const PlanInput& input, const TuneOptions& options, const Plac
     if (input.recipe.stages[i].row->name != "quantize") continue;
     const auto method = read_stage<QuantizeOptions>(input.recipe.stages[i].options);
     if (method.tunes_model()) return refuse_less(input.recipe.stages[i], method.tuning.holdout);
-    if (method.calibration_sequences + held > input.calibration_windows)
+    const bool looks = find_quantization_method(method.method)->needs_calibration || method.tunes_blocks() || method.has_budget || method.basis.basis != "none";
+    if (looks && method.calibration_sequences + held > input.calibration_windows)
       throw Error(str("the last ", held, " of ", input.calibration_windows, " calibration windows choose among the checkpoints, and stage \"", input.recipe.stages[i].title, "\" sees them"))
           .at(place.text()).given(str("calibration_sequences: ", method.calibration_sequences)).allowed(str("at most ", input.calibration_windows - held, ", more calibration text, or a data set heldout")).hint("set calibration_sequences of that stage, or data.heldout");
     return;
