@@ -20,6 +20,7 @@
 #include "quantize/methods.h"
 #include "quantize/sensitivity.h"
 #include "quantize/tensors.h"
+#include "train/measurement.h"
 
 namespace kompakt {
 namespace {
@@ -245,39 +246,28 @@ std::unique_ptr<Transformer> BudgetSearch::cut(const SearchShape& shape) const {
   return out;
 }
 
-std::string BudgetSearch::recall(const std::filesystem::path& file) {
+void BudgetSearch::recall(const std::filesystem::path& file) {
   const ModelConfig& config = model_.config();
-  try {
-    const Json saved = read_json(file);
-    const auto list = [&](const char* key, std::int64_t width) {
-      std::vector<at::Tensor> out;
-      for (const Json& row : saved.at(key)) out.push_back(at::tensor(at::ArrayRef<double>(row.get<std::vector<double>>()), at::kDouble).clone());
-      if (static_cast<std::int64_t>(out.size()) != config.layers || std::any_of(out.begin(), out.end(), [&](const at::Tensor& row) { return row.numel() != width; })) throw std::runtime_error(str(key, " is of another model"));
-      return out;
-    };
-    auto order = saved.at("order").get<std::vector<std::int64_t>>();
-    auto depth = search_unmap(saved.at("depth")), ffn = search_unmap(saved.at("ffn")), heads = search_unmap(saved.at("heads"));
-    const double vocabulary = saved.at("vocabulary").get<double>();
-    UnitScores scores{list("scores_ffn", config.ffn), list("scores_heads", config.heads)};
-    auto sensitivities = saved.at("sensitivities").get<std::map<std::string, std::map<std::string, double>>>();
-    for (const SearchShape& shape : shapes_)
-      if (!depth.count(shape.removed) || !ffn.count(shape.ffn) || !heads.count(shape.heads.heads) || static_cast<std::int64_t>(order.size()) < shape.removed) throw std::runtime_error(str("nothing of ", shape.text()));
-    order_ = std::move(order), depth_kl_ = std::move(depth), ffn_kl_ = std::move(ffn), heads_kl_ = std::move(heads), vocabulary_kl_ = vocabulary, scores_ = std::move(scores), sensitivities_ = std::move(sensitivities);
-    return {};
-  } catch (const Error& error) {
-    return error.message();
-  } catch (const std::exception& error) {  // of the JSON library: a missing key, a value of another type
-    return error.what();
-  }
+  const Json saved = read_json(file);
+  const auto list = [&](const char* key, std::int64_t width) {
+    std::vector<at::Tensor> out;
+    for (const Json& row : saved.at(key)) out.push_back(at::tensor(at::ArrayRef<double>(row.get<std::vector<double>>()), at::kDouble).clone());
+    if (static_cast<std::int64_t>(out.size()) != config.layers || std::any_of(out.begin(), out.end(), [&](const at::Tensor& row) { return row.numel() != width; })) throw std::runtime_error(str(key, " is of another model"));
+    return out;
+  };
+  auto order = saved.at("order").get<std::vector<std::int64_t>>();
+  auto depth = search_unmap(saved.at("depth")), ffn = search_unmap(saved.at("ffn")), heads = search_unmap(saved.at("heads"));
+  const double vocabulary = saved.at("vocabulary").get<double>();
+  UnitScores scores{list("scores_ffn", config.ffn), list("scores_heads", config.heads)};
+  auto sensitivities = saved.at("sensitivities").get<std::map<std::string, std::map<std::string, double>>>();
+  for (const SearchShape& shape : shapes_)
+    if (!depth.count(shape.removed) || !ffn.count(shape.ffn) || !heads.count(shape.heads.heads) || static_cast<std::int64_t>(order.size()) < shape.removed) throw std::runtime_error(str("nothing of ", shape.text()));
+  order_ = std::move(order), depth_kl_ = std::move(depth), ffn_kl_ = std::move(ffn), heads_kl_ = std::move(heads), vocabulary_kl_ = vocabulary, scores_ = std::move(scores), sensitivities_ = std::move(sensitivities);
 }
 
 void BudgetSearch::measure(const std::filesystem::path& file) {
   const ModelConfig& config = model_.config();
-  if (!file.empty() && std::filesystem::exists(file)) {
-    const std::string fault = recall(file);
-    if (fault.empty()) return log_info(str(context_.title, ": importance and sensitivities were measured before"));
-    log_warning(str(file.string(), " is damaged (", fault, "): importance and sensitivities are measured again"));
-  }
+  if (recall_measurement(context_, file, "importance and sensitivities", [&] { recall(file); })) return;
   std::map<std::string, std::vector<GridSpec>> wanted;  // formats of all shapes, by tensors of the uncut model
   for (const SearchShape& shape : shapes_) {
     const ModelConfig cut_config = search_config(config, shape, static_cast<std::int64_t>(kept_.size()));

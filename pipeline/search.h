@@ -118,8 +118,8 @@ class BudgetSearch {
   // By tensor name of the cut model: its name in the uncut one, and the share of its units' importance that stays.
   std::map<std::string, std::pair<std::string, double>> origins(const SearchShape& shape) const;
   Json measured_json() const;
-  // What a file of measured_json() holds; what is wrong with it, and nothing is taken, where it is damaged.
-  std::string recall(const std::filesystem::path& file);
+  // Takes over what a file of measured_json() holds; throws what is wrong with it, and takes nothing, where it is damaged.
+  void recall(const std::filesystem::path& file);
 
   Transformer& model_;
   const SearchOptions& options_;

@@ -22,6 +22,7 @@
 #include "pipeline/store.h"
 #include "prune/stage.h"
 #include "train/mask.h"
+#include "train/measurement.h"
 
 namespace kompakt {
 namespace {
@@ -61,9 +62,8 @@ std::filesystem::path search_cache(const StageRun& run, const SearchOptions& opt
   std::string exports;  // candidates are the formats that the exports hold
   for (const RecipeStage& stage : run.recipe.stages)
     if (stage.row->name == "export") exports += dump_yaml(stage.options);
-  const std::string key = sha256(str("search/1\n", fingerprint(*run.current.model), "\n", run.current.tokenizer->fingerprint(), "\n", run.context.data->hash, "\n", run.context.seed, "\n", kept, "\n", exports, "\n",
-                                     dump_yaml(write_fields([&](FieldVisitor& v) { fields(v, same); }))));
-  return store_folder(run.recipe.store, run.recipe.base) / "importance" / (key + ".json");
+  const Json depends{{"tokenizer", run.current.tokenizer->fingerprint()}, {"data", run.context.data->hash}, {"vocabulary_kept", kept}, {"exports", exports}, {"options", dump_yaml(write_fields([&](FieldVisitor& v) { fields(v, same); }))}};
+  return measurement_file(run.context, *run.current.model, "search/1", depends, ".json");
 }
 
 void search_describe(Json& details, const BudgetSearch& search, const SearchOptions& options, const SearchPoint& best, const ModelConfig& before, const ModelConfig& after) {

@@ -173,6 +173,7 @@ StageContext RunSession::stage_context(const RecipeStage& stage, std::size_t ind
   StageContext context;
   context.title = stage.title;
   context.work = folder_ / "work" / str(stage.title, "-", key.substr(0, 12), leader() ? std::string() : str("-rank-", ranks_->rank()));
+  context.measurements = store_.root() / "importance";
   context.resume = options_.resume;
   if (!options_.resume) fs::remove_all(context.work);
   make_folder(context.work);

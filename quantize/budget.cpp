@@ -9,6 +9,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/files.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "core/system.h"
@@ -23,6 +24,7 @@
 #include "quantize/sensitivity.h"
 #include "quantize/stage.h"
 #include "quantize/tensors.h"
+#include "train/measurement.h"
 
 namespace kompakt {
 namespace {
@@ -79,9 +81,26 @@ std::map<std::string, double> budget_costs(const BudgetTensor& tensor, const Ten
   return costs;
 }
 
-at::Tensor budget_rows(const Json& saved) {
-  if (!saved.contains("row_importance")) return {};
-  return at::tensor(saved.at("row_importance").get<std::vector<double>>(), at::kDouble);
+Json budget_sensitivities_json(const std::map<std::string, TensorSensitivity>& sensitivities) {
+  Json out = Json::object();
+  for (const auto& [name, s] : sensitivities) {
+    out[name] = Json{{"divergence", s.divergence}, {"relative_error", s.relative_error}};
+    if (s.row_importance.defined()) out[name]["row_importance"] = std::vector<double>(s.row_importance.const_data_ptr<double>(), s.row_importance.const_data_ptr<double>() + s.row_importance.numel());
+  }
+  return out;
+}
+
+// Throws where the file is damaged.
+std::map<std::string, TensorSensitivity> budget_sensitivities(const Json& saved, const BudgetFrame& frame) {
+  std::map<std::string, TensorSensitivity> out;
+  for (const BudgetTensor& tensor : frame.tensors) {
+    const Json& row = saved.at(tensor.name);
+    TensorSensitivity s{row.at("divergence").get<std::vector<double>>(), row.at("relative_error").get<std::vector<double>>(), {}};
+    if (s.divergence.size() != tensor.formats.size()) throw std::runtime_error(str(tensor.name, " has other formats"));
+    if (row.contains("row_importance")) s.row_importance = at::tensor(row.at("row_importance").get<std::vector<double>>(), at::kDouble);
+    out[tensor.name] = std::move(s);
+  }
+  return out;
 }
 
 class BudgetAllocation {
@@ -95,14 +114,8 @@ class BudgetAllocation {
   }
 
   void measure() {
-    const std::filesystem::path file = context_.work / "sensitivities.json";
-    if (!context_.work.empty() && context_.resume && std::filesystem::exists(file)) {
-      const Json saved = read_json(file);
-      for (const BudgetTensor& tensor : frame_.tensors)
-        sensitivities_[tensor.name] = {saved.at(tensor.name).at("divergence").get<std::vector<double>>(), saved.at(tensor.name).at("relative_error").get<std::vector<double>>(), budget_rows(saved.at(tensor.name))};
-      log_info("  sensitivities taken from the interrupted run");
-      return;
-    }
+    const std::filesystem::path file = measurement_file(context_, model_, "sensitivities/1", depends(), ".json");
+    if (recall_measurement(context_, file, "sensitivities", [&] { sensitivities_ = budget_sensitivities(read_json(file), frame_); })) return;
     SensitivityRequest request;
     for (const BudgetTensor& tensor : frame_.tensors) request.formats[tensor.name] = tensor.formats;
     request.seed = context_.seed;
@@ -132,13 +145,9 @@ class BudgetAllocation {
       if (s.row_importance.defined()) s.row_importance = s.row_importance.contiguous();
       for (std::size_t f = 0; f < tensor.formats.size(); ++f) s.divergence[f] *= entropy_row_gain(tensor.formats[f], *find_quantizable(model_, tensor.name).weight, s.row_importance);
     }
-    if (context_.work.empty()) return;
-    Json saved = Json::object();
-    for (const auto& [name, s] : sensitivities_) {
-      saved[name] = Json{{"divergence", s.divergence}, {"relative_error", s.relative_error}};
-      if (s.row_importance.defined()) saved[name]["row_importance"] = std::vector<double>(s.row_importance.const_data_ptr<double>(), s.row_importance.const_data_ptr<double>() + s.row_importance.numel());
-    }
-    write_json(file, saved);
+    if (file.empty()) return;
+    make_folder(file.parent_path());
+    write_json(file, budget_sensitivities_json(sensitivities_));
   }
 
   // The plan for the limit; details of it, and of the curve, go into `out`.
@@ -227,6 +236,15 @@ class BudgetAllocation {
 
  private:
   Transformer& model_;
+  // What sensitivities depend on beside the model and the seed: sizes and tunings are not among it.
+  Json depends() const {
+    Json formats = Json::object();
+    for (const BudgetTensor& tensor : frame_.tensors)
+      for (const GridSpec& spec : tensor.formats) formats[tensor.name].push_back(budget_format_name(spec));
+    return Json{{"formats", formats}, {"calibration", set_.hash}, {"batch_tokens", budget_batch_tokens}, {"errors", options_.budget.errors}, {"method", options_.method}, {"damping", options_.damping},
+                {"act_order", options_.act_order}, {"sweep_precision", options_.sweep_precision}, {"polish_rounds", options_.polish_rounds}, {"calibrate_head", options_.calibrate_head}};
+  }
+
   const QuantizeOptions& options_;
   StageContext& context_;
   const BudgetTarget& target_;

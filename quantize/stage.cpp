@@ -240,9 +240,8 @@ class QuantizeRun {
   }
 
   void weigh_tokens(const CalibrationSet& set, const TokenWeightRow& row) {
-    log_info(str(context_.title, ": weighs ", set.tokens, " calibration tokens by one backward pass"));
     const auto start = std::chrono::steady_clock::now();
-    token_weights_ = kept_token_weights(model_, set, row, context_, identity(set));
+    token_weights_ = kept_token_weights(model_, set, row, context_);
     double least = static_cast<double>(set.tokens);
     for (const auto& [name, weights] : token_weights_) least = std::min(least, effective_tokens(weights));
     if (context_.details) (*context_.details)["calibration"]["token_weights"] = Json{{"by", options_.token_weights}, {"least_effective_tokens", least}, {"seconds", seconds_since(start)}};

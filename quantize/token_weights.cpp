@@ -7,9 +7,13 @@
 #include <filesystem>
 
 #include "core/error.h"
+#include "core/files.h"
+#include "core/json.h"
+#include "core/log.h"
 #include "core/random.h"
 #include "core/text.h"
 #include "quantize/sensitivity.h"
+#include "train/measurement.h"
 #include "train/state.h"
 
 namespace kompakt {
@@ -80,23 +84,25 @@ TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const 
   return out;
 }
 
-TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, const Json& identity) {
-  const std::filesystem::path file = context.work / "token-weights.safetensors";
-  const bool keeps = !context.work.empty();
-  if (keeps && context.resume && std::filesystem::exists(file)) {
-    check_identity(read_state_json(file).at("identity"), identity, file);
+TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context) {
+  std::vector<std::int64_t> batches;  // labels are drawn batch by batch
+  for (const ModelInput& input : set.inputs) batches.push_back(input.ids.size(0));
+  const std::filesystem::path file = measurement_file(context, model, "token-weights/1", Json{{"by", row.name}, {"calibration", set.hash}, {"batches", batches}}, ".safetensors");
+  TokenWeights weights;
+  const bool known = recall_measurement(context, file, "token weights", [&] {
     NamedTensors saved;
     for (const Linear* linear : model.linears()) saved.emplace_back(linear->name, at::empty({set.tokens}));
     load_state(file, saved);
-    TokenWeights out;
-    for (const auto& [name, value] : saved) out[name] = weights_by_batch(value.to(model.device()), set);
-    return out;
-  }
-  TokenWeights weights = token_weights(model, set, row, context.seed);
-  if (keeps) {
+    for (const auto& [name, value] : saved) weights[name] = weights_by_batch(value.to(model.device()), set);
+  });
+  if (known) return weights;
+  log_info(str(context.title, ": weighs ", set.tokens, " calibration tokens by one backward pass"));
+  weights = token_weights(model, set, row, context.seed);
+  if (!file.empty()) {
     NamedTensors values;
-    for (const auto& [name, batches] : weights) values.emplace_back(name, at::cat(batches));
-    save_state(file, values, Json{{"identity", identity}});
+    for (const auto& [name, parts] : weights) values.emplace_back(name, at::cat(parts));
+    make_folder(file.parent_path());
+    save_state(file, values, Json::object());
   }
   return weights;
 }

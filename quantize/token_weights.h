@@ -12,7 +12,6 @@
 #include <string_view>
 #include <vector>
 
-#include "core/json.h"
 #include "train/calibration.h"
 #include "train/context.h"
 
@@ -34,8 +33,8 @@ using TokenWeights = std::map<std::string, std::vector<at::Tensor>>;
 // float weights; a decoder or a classifier. Error where a gradient is not finite.
 TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed);
 
-// The same, kept in `context.work` for a run that is killed and goes on. `identity`: as for the records of blocks.
-TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, const Json& identity);
+// The same, kept for runs that go on or have other options (train/measurement.h). 4 bytes a token and linear on disk.
+TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context);
 
 // Tokens that would have the same sampling error with equal weights: (sum w)^2 / sum w^2.
 double effective_tokens(const std::vector<at::Tensor>& weights);

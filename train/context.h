@@ -41,6 +41,7 @@ using WeightMasks = std::map<std::string, at::Tensor>;
 struct StageContext {
   std::string title;              // "02-distill", for progress and metrics
   std::filesystem::path work;     // scratch of this stage; survives a kill, removed when the stage is done
+  std::filesystem::path measurements;  // what other runs measured and this one may take over (train/measurement.h); empty = nothing
   bool resume = false;            // use what `work` holds
   std::uint64_t seed = 0;
   c10::Device device = c10::Device(c10::kCPU);

@@ -175,15 +175,46 @@ TEST_CASE("token weights in the stage: kept for a killed run, told in the report
   StageContext context = weight_context(data);
   context.work = work.path();
   CHECK((codes("gradient_norm", context) == norm));
-  const std::filesystem::path file = work.path() / "token-weights.safetensors";
-  REQUIRE(std::filesystem::exists(file));
+  const auto measured = [](const std::filesystem::path& folder) {
+    std::vector<std::filesystem::path> out;
+    for (const auto& entry : std::filesystem::directory_iterator(folder))
+      if (entry.path().filename().string().rfind("token-weights-", 0) == 0) out.push_back(entry.path());
+    return out;
+  };
+  REQUIRE(measured(work.path()).size() == 1);
+  const std::filesystem::path file = measured(work.path()).front();
   for (const auto& entry : std::filesystem::directory_iterator(work.path()))
     if (entry.path() != file) std::filesystem::remove_all(entry.path());
-  context.resume = true;
   const auto time = std::filesystem::last_write_time(file);
   CHECK((codes("gradient_norm", context) == norm));
   CHECK(std::filesystem::last_write_time(file) == time);  // read, not made again
-  CHECK(contains_all(error_text([&] { codes("fisher", context); }), {"another run", "options"}));
+
+  // Other runs, with a folder of work each, share a folder of measurements: another method of the same model takes them over, other
+  // weights of tokens, another text or seed and another model do not.
+  const TemporaryFolder shared;
+  StageContext other = weight_context(data);
+  other.measurements = shared.path() / "importance";
+  CHECK((codes("gradient_norm", other) == norm));
+  REQUIRE(measured(other.measurements).size() == 1);
+  const std::filesystem::path kept = measured(other.measurements).front();
+  const std::string bytes = read_text(kept);
+  options.damping = 0.2;
+  CHECK((codes("gradient_norm", other) != norm));
+  CHECK(measured(other.measurements).size() == 1);
+  options.damping = QuantizeOptions().damping;
+  CHECK((codes("fisher", other) == fisher));
+  CHECK(measured(other.measurements).size() == 2);
+  ++other.seed, codes("gradient_norm", other);
+  CHECK(measured(other.measurements).size() == 3);
+  const TaskData longer = weight_text(5, 200);
+  StageContext text = weight_context(longer);
+  text.measurements = other.measurements;
+  codes("gradient_norm", text);
+  CHECK(measured(other.measurements).size() == 4);
+  // A damaged file is measured again and mended.
+  --other.seed, write_text(kept, bytes.substr(0, bytes.size() / 2));
+  CHECK((codes("gradient_norm", other) == norm));
+  CHECK((read_text(kept) == bytes));
 
   options.method = "rtn";
   CHECK(contains_all(error_text([&] { plan_quantization(original->config(), options); }), {"quantize.token_weights", "method rtn looks at no calibration token"}));
