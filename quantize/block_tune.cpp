@@ -147,7 +147,8 @@ class BlockTuner {
   }
 
   at::Tensor square_error(const Piece& piece) const {
-    const at::Tensor error = (model_.block_forward(layer_, piece.x, piece.input) - piece.target).square();
+    at::Tensor error = model_.block_forward(layer_, piece.x, piece.input) - piece.target;
+    error = activations_.metric.defined() ? error * at::matmul(error, activations_.metric) : error.square();
     return (piece.weight.defined() ? error * piece.weight : error).sum();
   }
 
@@ -250,6 +251,7 @@ void fields(FieldVisitor& visitor, BlockTuneOptions& options) {
   visitor.number("learning_rate", options.learning_rate, "first step of latents and scale factors, falling linearly to 0; 0 = 1 / iterations", {.min = 0, .max = 1});
   visitor.number("margin", options.margin, "how far from its code, in codes, a latent may start; 0.49 = almost where the float weight lies", {.min = 0, .max = 0.49});
   visitor.integer("evaluate_every", options.evaluate_every, "steps between two losses over the whole calibration set; the best codes are kept", {.min = 1});
+  visitor.number("fisher", options.fisher, "how much the loss's gradients say which directions of a block's output matter: 0 = all the same, 1 = they alone; needs token_weights", {.min = 0, .max = 1});
 }
 
 BlockTuneResult tune_block(Transformer& model, std::int64_t layer, const CalibrationSet& set, const BlockActivations& activations, const std::map<std::string, at::Tensor>& original,

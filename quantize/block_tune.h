@@ -22,6 +22,8 @@ struct BlockActivations {
   std::function<at::Tensor(std::size_t)> target;  // output of the float block for the float model's input
   // How much a token's squared error counts: by batch, [real tokens], mean 1 (quantize/token_weights.h); null = all the same.
   const std::vector<at::Tensor>* weights = nullptr;
+  // [d,d], symmetric: a token's error e counts as e^T M e instead of e^T e (quantize/token_weights.h); undefined = the identity.
+  at::Tensor metric;
 };
 
 struct BlockTuneResult {

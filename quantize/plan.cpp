@@ -122,6 +122,8 @@ void check_method_keys(const ModelConfig& config, const QuantizeOptions& options
     if (method && !method->needs_calibration)
       problems.add(Error(str("method ", method->name, " looks at no calibration token")).at("quantize.token_weights").given(str("method: ", options.method)).allowed("method: gptq, trifit or imatrix").hint("leave the key out"));
   }
+  if (options.tunes_blocks() && options.block_tune.fisher > 0 && options.token_weights == "uniform")
+    problems.add(Error("the metric of a block's output is made from the gradients that weigh tokens").at("quantize.block_tune.fisher").given("token_weights: uniform").allowed("token_weights: gradient_norm or fisher").hint("set token_weights, or leave fisher out"));
   if (options.method != "imatrix") return;
   const QuantizeOptions plain;
   const struct { const char* key; bool set; } unused[] = {{"damping", options.damping != plain.damping}, {"act_order", options.act_order != plain.act_order}, {"teacher_target", options.teacher_target != plain.teacher_target}, {"polish_rounds", options.polish_rounds != plain.polish_rounds}};

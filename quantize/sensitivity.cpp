@@ -262,6 +262,11 @@ class SensitivityPass {
     for (Linear* linear : model_.linears())
       for (const Linear* own : {&part.attention.query, &part.attention.key, &part.attention.value, &part.attention.output, &part.mlp.gate, &part.mlp.up, &part.mlp.down})
         if (own == linear) linears.push_back(linear);
+    if (request_.visit_block) {
+      std::vector<at::Tensor> behind;
+      for (std::size_t b = 0; b < set_.inputs.size(); ++b) behind.push_back(real(gradients_[b], b));
+      request_.visit_block(layer, behind);
+    }
     std::vector<std::vector<at::Tensor>> inputs(linears.size()), gradients(linears.size());
     for (std::size_t b = 0; b < set_.inputs.size(); ++b) {
       check_interrupted();

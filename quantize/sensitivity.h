@@ -44,6 +44,8 @@ struct SensitivityRequest {
   // Sees every linear of the blocks, from the last block to the first: inputs [n,K] and gradients of the outputs [n,N] of the real
   // tokens, a tensor a batch.
   std::function<void(const Linear& linear, const std::vector<at::Tensor>& inputs, const std::vector<at::Tensor>& gradients)> visit;
+  // Sees every block before its linears: gradients of its output [n,d] of the real tokens, a tensor a batch.
+  std::function<void(std::int64_t layer, const std::vector<at::Tensor>& gradients)> visit_block;
 };
 
 struct TensorSensitivity {

@@ -241,7 +241,7 @@ class QuantizeRun {
 
   void weigh_tokens(const CalibrationSet& set, const TokenWeightRow& row) {
     const auto start = std::chrono::steady_clock::now();
-    token_weights_ = kept_token_weights(model_, set, row, context_);
+    token_weights_ = kept_token_weights(model_, set, row, context_, options_.tunes_blocks() && options_.block_tune.fisher > 0 ? &output_metrics_ : nullptr);
     double least = static_cast<double>(set.tokens);
     for (const auto& [name, weights] : token_weights_) least = std::min(least, effective_tokens(weights));
     if (context_.details) (*context_.details)["calibration"]["token_weights"] = Json{{"by", options_.token_weights}, {"least_effective_tokens", least}, {"seconds", seconds_since(start)}};
@@ -305,7 +305,12 @@ class QuantizeRun {
     calibration.advance_teacher(layer, original);
     // Behind the block's last linear flows what the block adds: the gradient there is that of the block's output.
     const std::vector<Linear*> last = part_linears(model_.blocks[static_cast<std::size_t>(layer)], BlockPart::down);
-    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }, token_weights_.empty() || last.empty() ? nullptr : &token_weights_.at(last.back()->name)};
+    at::Tensor metric;
+    if (!output_metrics_.empty()) {
+      const at::Tensor& moment = output_metrics_[static_cast<std::size_t>(layer)];
+      metric = moment * options_.block_tune.fisher + at::eye(moment.size(0), moment.options()) * (1 - options_.block_tune.fisher);
+    }
+    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }, token_weights_.empty() || last.empty() ? nullptr : &token_weights_.at(last.back()->name), metric};
     std::map<std::string, at::Tensor> places;  // where the weights lie
     for (std::size_t i = first_row; i < layers_.size(); ++i) {
       const std::string name = layers_[i].at("layer");
@@ -420,7 +425,8 @@ class QuantizeRun {
   std::chrono::steady_clock::time_point started_;
   LayerOptions layer_options_;
   QuantizedModel result_;
-  TokenWeights token_weights_;  // by linear; empty = uniform
+  TokenWeights token_weights_;    // by linear; empty = uniform
+  OutputMetrics output_metrics_;  // by block; empty = the identity
   Progress* progress_ = nullptr;
   std::unique_ptr<TeacherSource> own_teacher_;
   Json layers_ = Json::array(), tuning_;

@@ -26,6 +26,7 @@ struct BlockTuneOptions {
   double learning_rate = 0;           // 0 = 1 / iterations
   double margin = 0.3;                // of the latents at the start, in codes
   std::int64_t evaluate_every = 25;
+  double fisher = 0;                  // share of the gradients' second moment in the metric of a block's output
 };
 void fields(FieldVisitor& visitor, BlockTuneOptions& options);
 

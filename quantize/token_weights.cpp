@@ -25,6 +25,8 @@ constexpr TokenWeightRow token_weight_rows[] = {
     {"fisher", "a token counts by the square of that norm", 1},
 };
 
+constexpr std::size_t metric_lanes = 4;
+
 // Mean 1 over all tokens.
 at::Tensor weights_scaled(const std::string& name, const at::Tensor& squares, double exponent) {
   const at::Tensor powers = squares.to(at::kDouble).pow(exponent);
@@ -60,14 +62,19 @@ std::vector<std::string> token_weight_names() {
   return names;
 }
 
-TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed) {
+TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics) {
   model.requires_grad(false);
   // Made before everything else: small results left between large activations would keep the allocator from using their places again.
   std::map<std::string, at::Tensor> squares;
   for (const Linear* linear : model.linears()) squares[linear->name] = at::zeros({set.tokens}, at::TensorOptions().device(model.device()));
   std::vector<std::int64_t> first = {0};
   for (std::size_t b = 0; b < set.inputs.size(); ++b) first.push_back(first.back() + batch_tokens(set, b));
-  for_each_batch(model.device(), set.inputs.size(), [&](std::size_t b) {
+  // A lane's batches come one after the other: its sums do not depend on the number of threads.
+  std::vector<OutputMetrics> lanes(metrics ? std::min(metric_lanes, set.inputs.size()) : 0);
+  const std::int64_t width = model.config().hidden;
+  for (OutputMetrics& lane : lanes)
+    for (std::size_t layer = 0; layer < model.blocks.size(); ++layer) lane.push_back(at::zeros({width, width}, at::TensorOptions().device(model.device())));
+  const auto weigh = [&](std::size_t b, OutputMetrics* sums) {
     CalibrationSet one;
     one.inputs = {set.inputs[b]}, one.valid = {set.valid[b]};
     one.sequences = set.inputs[b].ids.size(0), one.tokens = batch_tokens(set, b);
@@ -77,30 +84,58 @@ TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const 
       const at::NoGradGuard no_grad;
       squares.at(linear.name).narrow(0, first[b], one.tokens).copy_(gradients.front().square().mean(1));
     };
+    if (sums)
+      request.visit_block = [&](std::int64_t layer, const std::vector<at::Tensor>& gradients) {
+        const at::NoGradGuard no_grad;
+        const at::Tensor& g = gradients.front();
+        const at::Tensor directions = g * g.square().sum(1, true).clamp_min(1e-30).pow((row.exponent - 1) / 2);
+        (*sums)[static_cast<std::size_t>(layer)].addmm_(directions.t(), directions);
+      };
     measure_sensitivities(model, one, request);
-  });
+  };
+  if (!metrics)
+    for_each_batch(model.device(), set.inputs.size(), [&](std::size_t b) { weigh(b, nullptr); });
+  else
+    for_each_batch(model.device(), lanes.size(), [&](std::size_t lane) {
+      for (std::size_t b = lane; b < set.inputs.size(); b += lanes.size()) weigh(b, &lanes[lane]);
+    });
   TokenWeights out;
   for (const auto& [name, all] : squares) out[name] = weights_by_batch(weights_scaled(name, all, row.exponent), set);
+  if (!metrics) return out;
+  metrics->clear();
+  for (std::size_t layer = 0; layer < model.blocks.size(); ++layer) {
+    at::Tensor sum = lanes.front()[layer];
+    for (std::size_t lane = 1; lane < lanes.size(); ++lane) sum.add_(lanes[lane][layer]), lanes[lane][layer] = at::Tensor();
+    const double trace = sum.trace().item<double>();
+    metrics->push_back(trace > 0 ? sum.mul_(static_cast<double>(width) / trace) : at::eye(width, sum.options()));
+  }
   return out;
 }
 
-TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context) {
+TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, OutputMetrics* metrics) {
   std::vector<std::int64_t> batches;  // labels are drawn batch by batch
   for (const ModelInput& input : set.inputs) batches.push_back(input.ids.size(0));
-  const std::filesystem::path file = measurement_file(context, model, "token-weights/1", Json{{"by", row.name}, {"calibration", set.hash}, {"batches", batches}}, ".safetensors");
+  const Json depends{{"by", row.name}, {"calibration", set.hash}, {"batches", batches}, {"metrics", metrics != nullptr}};
+  const std::filesystem::path file = measurement_file(context, model, "token-weights/1", depends, ".safetensors");
+  const auto metric_name = [](std::size_t layer) { return str("block.", layer, ".metric"); };
   TokenWeights weights;
   const bool known = recall_measurement(context, file, "token weights", [&] {
     NamedTensors saved;
     for (const Linear* linear : model.linears()) saved.emplace_back(linear->name, at::empty({set.tokens}));
+    for (std::size_t layer = 0; metrics && layer < model.blocks.size(); ++layer) saved.emplace_back(metric_name(layer), at::empty({model.config().hidden, model.config().hidden}));
     load_state(file, saved);
-    for (const auto& [name, value] : saved) weights[name] = weights_by_batch(value.to(model.device()), set);
+    const std::size_t linears = model.linears().size();
+    for (std::size_t i = 0; i < linears; ++i) weights[saved[i].first] = weights_by_batch(saved[i].second.to(model.device()), set);
+    if (metrics) metrics->clear();
+    for (std::size_t i = linears; i < saved.size(); ++i) metrics->push_back(saved[i].second.to(model.device()));
   });
   if (known) return weights;
   log_info(str(context.title, ": weighs ", set.tokens, " calibration tokens by one backward pass"));
-  weights = token_weights(model, set, row, context.seed);
+  weights = token_weights(model, set, row, context.seed, metrics);
   if (!file.empty()) {
     NamedTensors values;
     for (const auto& [name, parts] : weights) values.emplace_back(name, at::cat(parts));
+    for (std::size_t layer = 0; metrics && layer < metrics->size(); ++layer) values.emplace_back(metric_name(layer), (*metrics)[layer]);
     make_folder(file.parent_path());
     save_state(file, values, Json::object());
   }

@@ -28,13 +28,20 @@ std::vector<std::string> token_weight_names();
 // gradient arrives).
 using TokenWeights = std::map<std::string, std::vector<at::Tensor>>;
 
+// Of every block: [d,d] float32, the second moment of the gradient's directions at the block's output, tokens counted as in the weights
+// (sum of |g|^2p u u^T for the exponent p and directions u = g / |g|), scaled to the trace d. A squared error e of a token costs the
+// predictions about e^T M e: the factor of the outputs in a Kronecker-factored Fisher matrix (Martens and Grosse 2015), which does not
+// depend on the basis of the residual stream. Directions that later layers do not read cost nothing.
+using OutputMetrics = std::vector<at::Tensor>;
+
 // For labels drawn from the model's own predictions. One forward and one backward pass through every block, batches beside each
 // other; memory: tokens of a batch x hidden x layers floats a thread. The same bits for any number of threads. `model` holds its
-// float weights; a decoder or a classifier. Error where a gradient is not finite.
-TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed);
+// float weights; a decoder or a classifier. Error where a gradient is not finite. `metrics`, where given, are made by the same pass: five
+// times their memory while it runs, and at most four batches beside each other.
+TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics = nullptr);
 
 // The same, kept for runs that go on or have other options (train/measurement.h). 4 bytes a token and linear on disk.
-TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context);
+TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, OutputMetrics* metrics = nullptr);
 
 // Tokens that would have the same sampling error with equal weights: (sum w)^2 / sum w^2.
 double effective_tokens(const std::vector<at::Tensor>& weights);

@@ -68,8 +68,10 @@ TEST_CASE("token weights are the squared gradients of one graph, with mean 1", "
   const TaskData data = weight_text(3, 300);  // a batch each
   const CalibrationSet set = calibration_set(weight_context(data), 3);
   REQUIRE(set.inputs.size() == 3);
-  const TokenWeights fisher = token_weights(*model, set, row("fisher"), 5), norms = token_weights(*model, set, row("gradient_norm"), 5);
-  std::map<std::string, std::vector<at::Tensor>> expected;
+  OutputMetrics moments, directions;
+  const TokenWeights fisher = token_weights(*model, set, row("fisher"), 5, &moments), norms = token_weights(*model, set, row("gradient_norm"), 5, &directions);
+  CHECK(equal(fisher, token_weights(*model, set, row("fisher"), 5)));
+  std::map<std::string, std::vector<at::Tensor>> expected, behind;  // behind: a block's last linear, where the block's output is made
   for (std::size_t b = 0; b < 3; ++b) {
     model->requires_grad(true);
     OutputTaps taps;
@@ -79,9 +81,18 @@ TEST_CASE("token weights are the squared gradients of one graph, with mean 1", "
     for (std::int64_t t = 0; t < 300; ++t) labels[t] = running[t].le(random.uniform(static_cast<std::uint64_t>(t)) * (1 - 1e-5)).sum();
     at::nll_loss(at::log_softmax(logits, -1), labels, {}, at::Reduction::Sum).backward();
     for (const Linear* linear : model->linears()) expected[linear->name].push_back(taps.values.at("output:" + linear->name).grad().reshape({300, -1}).square().sum(1));
+    for (const Block& block : model->blocks) behind[block.mlp.down.name].push_back(taps.values.at("output:" + block.mlp.down.name).grad().reshape({300, -1}).clone());
     model->requires_grad(false);
   }
   REQUIRE(fisher.size() == model->linears().size());
+  REQUIRE((moments.size() == model->blocks.size() && directions.size() == model->blocks.size()));
+  for (std::size_t layer = 0; layer < moments.size(); ++layer) {
+    const at::Tensor g = at::cat(behind.at(model->blocks[layer].mlp.down.name)).to(at::kDouble), u = g / g.norm(2, {1}, true).sqrt();
+    for (const auto& [found, x] : {std::pair{moments[layer], g}, {directions[layer], u}}) {
+      const at::Tensor wanted = at::matmul(x.t(), x), scaled = wanted * (static_cast<double>(g.size(1)) / wanted.trace().item<double>());
+      CHECK((found.to(at::kDouble) - scaled).norm().item<double>() < 2e-3 * scaled.norm().item<double>());
+    }
+  }
   for (const auto& [name, batches] : expected) {
     INFO(name);
     const at::Tensor all = at::cat(batches), found = at::cat(fisher.at(name)), norm = at::cat(norms.at(name));
@@ -103,18 +114,21 @@ TEST_CASE("token weights without any gradient, of other seeds, and on one and tw
   const CalibrationSet set = calibration_set(weight_context(data), 5);
   const int before = at::get_num_threads();
   std::vector<TokenWeights> runs;
+  std::vector<OutputMetrics> metrics(2);
   for (const int threads : {1, 2}) {
     at::set_num_threads(threads);
-    runs.push_back(token_weights(*model, set, row("gradient_norm"), 1));
+    runs.push_back(token_weights(*model, set, row("gradient_norm"), 1, &metrics[static_cast<std::size_t>(threads - 1)]));
   }
   at::set_num_threads(before);
   CHECK(equal(runs[0], runs[1]));
+  for (std::size_t layer = 0; layer < model->blocks.size(); ++layer) CHECK(at::equal(metrics[0][layer], metrics[1][layer]));
   CHECK_FALSE(equal(runs[0], token_weights(*model, set, row("gradient_norm"), 2)));
   const auto broken = model->clone();
   broken->blocks[1].mlp.up.weight[3][2] = NAN;
   CHECK(contains_all(error_text([&] { token_weights(*broken, set, row("gradient_norm"), 1); }), {"the gradient of the loss is not finite", "model.layers."}));
   model->lm_head.weight.zero_();
-  for (const auto& [name, batches] : token_weights(*model, set, row("fisher"), 1)) CHECK(at::equal(at::cat(batches), at::ones({1500})));
+  for (const auto& [name, batches] : token_weights(*model, set, row("fisher"), 1, &metrics[0])) CHECK(at::equal(at::cat(batches), at::ones({1500})));
+  for (const at::Tensor& metric : metrics[0]) CHECK(at::equal(metric, at::eye(metric.size(0))));
 }
 
 TEST_CASE("weighted moments", "[quantize][token_weights]") {
@@ -216,6 +230,9 @@ TEST_CASE("token weights in the stage: kept for a killed run, told in the report
   CHECK((codes("gradient_norm", other) == norm));
   CHECK((read_text(kept) == bytes));
 
+  options.has_block_tune = true, options.block_tune.fisher = 0.5, options.token_weights = "uniform";
+  CHECK(contains_all(error_text([&] { plan_quantization(original->config(), options); }), {"quantize.block_tune.fisher", "token_weights: uniform", "gradient_norm"}));
+  options.has_block_tune = false, options.block_tune = {}, options.token_weights = "fisher";
   options.method = "rtn";
   CHECK(contains_all(error_text([&] { plan_quantization(original->config(), options); }), {"quantize.token_weights", "method rtn looks at no calibration token"}));
   // Under a byte budget too, which plans by itself.

@@ -60,8 +60,8 @@ TuneProblem tune_problem(const GridSpec& spec, std::uint64_t seed = 3, bool enco
   return p;
 }
 
-BlockTuneResult tune_run(TuneProblem& p, const BlockTuneOptions& options, const std::vector<at::Tensor>* weights = nullptr) {
-  const BlockActivations activations{[&](std::size_t b) { return p.inputs[b]; }, [&](std::size_t b) { return p.targets[b]; }, weights};
+BlockTuneResult tune_run(TuneProblem& p, const BlockTuneOptions& options, const std::vector<at::Tensor>* weights = nullptr, const at::Tensor& metric = {}) {
+  const BlockActivations activations{[&](std::size_t b) { return p.inputs[b]; }, [&](std::size_t b) { return p.targets[b]; }, weights, metric};
   return tune_block(*p.model, 0, p.set, activations, p.original, p.plan, options, 11, p.quantized);
 }
 
@@ -220,6 +220,32 @@ TEST_CASE("tokens count by their weights: all one as without, padded or not, and
     };
     CHECK(odd.after == Approx(error_of_odd(some)).epsilon(1e-4));
     CHECK(odd.after < error_of_odd(plain));
+  }
+}
+
+TEST_CASE("errors count by the metric of the block's output: the identity as without, and directions that cost nothing do not matter", "[quantize][tune]") {
+  const GridSpec spec{find_grid("ternary"), 8};
+  BlockTuneOptions options;
+  options.iterations = 40, options.batch = 4, options.evaluate_every = 10;
+  for (const bool encoder : {false, true}) {
+    CAPTURE(encoder);
+    TuneProblem plain = tune_problem(spec, 3, encoder), same = tune_problem(spec, 3, encoder), some = tune_problem(spec, 3, encoder);
+    const std::int64_t width = plain.inputs[0].size(2);
+    const at::Tensor half = tune_normal({width, width / 2}, "directions"), metric = at::matmul(half, half.t()) / static_cast<double>(width);
+    const BlockTuneResult without = tune_run(plain, options), with = tune_run(same, options, nullptr, at::eye(width)), low = tune_run(some, options, nullptr, metric);
+    CHECK(with.after == Approx(without.after).epsilon(1e-5));
+    const auto error = [&](const TuneProblem& p) {
+      at::NoGradGuard no_grad;
+      double sum = 0, values = 0;
+      for (std::size_t b = 0; b < p.set.inputs.size(); ++b) {
+        at::Tensor e = (p.model->block_forward(0, p.inputs[b], p.set.inputs[b]) - p.targets[b]).reshape({-1, width}).to(at::kDouble);
+        if (p.set.valid[b].defined()) e = e.index_select(0, p.set.valid[b]);
+        sum += at::matmul(e, half.to(at::kDouble)).square().sum().item<double>() / static_cast<double>(width), values += static_cast<double>(e.numel());
+      }
+      return sum / values;
+    };
+    CHECK(low.after == Approx(error(some)).epsilon(1e-4));
+    CHECK(low.after < error(plain));
   }
 }
 
