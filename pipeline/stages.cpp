@@ -28,6 +28,7 @@
 #include "prune/stage.h"
 #include "quantize/activation_rounding.h"
 #include "quantize/budget.h"
+#include "quantize/cost.h"
 #include "quantize/kl_tune.h"
 #include "quantize/methods.h"
 #include "quantize/stage.h"
@@ -94,6 +95,14 @@ void add_training(const PlanInput& input, const TrainOptions& train, const Node*
   const double tokens = static_cast<double>(input.train_examples) * input.tokens_per_example;
   model.cache_bytes = static_cast<std::int64_t>(2.0 * tokens * static_cast<double>(teacher_taps.size()) * static_cast<double>(model.teacher.hidden)) +
                       4 * input.train_examples * static_cast<std::int64_t>(model.teacher.labels.size());
+}
+
+// The passes over calibration data that the method itself makes.
+void add_calibration(const PlanInput& input, const QuantizeOptions& options, PlannedModel& model) {
+  const bool text = !input.recipe.is_classification();
+  const QuantizeCost cost = predict_quantize_cost(model.config, options, text ? input.calibration_windows : input.train_examples, text ? static_cast<double>(input.calibration_length) : input.tokens_per_example);
+  model.seconds += input.gigaflops > 0 ? cost.flops / (input.gigaflops * 1e9) : 0;
+  model.memory_bytes = std::max(model.memory_bytes, cost.memory_bytes);
 }
 
 // Losses against the teacher go token by token: an Error where a cut of the vocabulary, or another student, has given the model other ids.
@@ -318,6 +327,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
     const BudgetFrame frame = budget_frame(model.config, options, quantize_target(options, input.recipe, shapes, *input.tokenizer, true));
     model.quantized = frame.smallest, model.budget_bytes = frame.limit;
     model.notes.push_back(frame.note());
+    add_calibration(input, options, model);
     add_trainings();
     model.bytes = float_bytes(model.config);
     return;
@@ -327,6 +337,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   model.quantized = plan.tensors;
   set_rounding(model.config, planned_rounding(model.config, options, model.quantized));
   model.notes.insert(model.notes.end(), plan.fallbacks.begin(), plan.fallbacks.end());
+  add_calibration(input, options, model);
   add_trainings();
   model.bytes = float_bytes(model.config);
 }
