@@ -70,8 +70,8 @@ def run_llmcompressor(o, out, bits, group):
 
 def read_saved(o, out, model):
     import torch
-    from transformers import AutoModelForCausalLM
-    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(run_compressed=False))  # decoded weights
     modules = dict(saved.named_modules())
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -135,7 +135,12 @@ def make_teacher(o):
     if (pathlib.Path(o.hf) / "config.json").exists():
         return
     folder, file = os.path.split(o.teacher)
-    AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).save_pretrained(o.hf)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # Its weights are floats by now, which transformers 5.17 does not believe: it refuses to save what came from a GGUF file.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(o.hf)
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(o.hf)
 
 

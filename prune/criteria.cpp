@@ -43,6 +43,8 @@ Tensor example_losses(const Tensor& all, const TokenBatch& batch) {
 
 namespace {
 
+constexpr std::int64_t criteria_batch_tokens = 1024;  // of text: their logits and gradients are in memory as a whole
+
 std::string criteria_tap(std::size_t layer, const char* what) { return str("layer.", layer, ".", what); }
 
 TapMap criteria_taps(const Transformer& model) {
@@ -344,6 +346,7 @@ std::vector<TokenBatch> measuring_batches(const TaskData& data, std::int64_t sam
     return batches;
   }
   const std::int64_t count = std::min<std::int64_t>(samples, static_cast<std::int64_t>(data.calibration.size()));
+  if (count > 0) batch_size = std::clamp<std::int64_t>(criteria_batch_tokens / std::max<std::int64_t>(1, static_cast<std::int64_t>(data.calibration.front().size())), 1, batch_size);
   for (std::int64_t begin = 0; begin < count; begin += batch_size) {
     TokenBatch batch;
     batch.rows = std::min(batch_size, count - begin);

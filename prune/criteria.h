@@ -23,7 +23,8 @@ struct UnitScores {
   std::vector<at::Tensor> heads;  // [layers] of [H] query heads
 };
 
-// Batches that importance and second moments are measured on, of the training examples or calibration windows.
+// Batches that importance and second moments are measured on, of the training examples or calibration windows. At most `batch_size` rows;
+// of long windows fewer, so that the logits of a batch over a large vocabulary stay a few hundred megabytes. Every example counts by itself.
 std::vector<TokenBatch> measuring_batches(const TaskData& data, std::int64_t samples, std::uint64_t seed, std::int64_t batch_size = 16);
 
 struct Criterion {

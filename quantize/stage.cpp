@@ -175,7 +175,10 @@ class QuantizeRun {
         }
       } else {
         const std::size_t first_row = layers_.size();
-        for (const BlockPart part : block_parts) quantize_part(calibration, layer, part, original);
+        for (const BlockPart part : block_parts) {
+          quantize_part(calibration, layer, part, original);
+          release_free_memory();  // activations leave holes between the codes, which stay: the heap would double from block to block
+        }
         if (options_.tunes_blocks() && layers_.size() > first_row) tune_one_block(calibration, layer, original, first_row);
         save_block(records, layer, first_row);
       }

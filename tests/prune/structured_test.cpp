@@ -374,4 +374,14 @@ TEST_CASE("samples are a seeded subset with its labels") {
   CHECK(measuring_batches(data, 1000, 3).size() == 4);
   TaskData nothing;
   CHECK(measuring_batches(nothing, 5, 1).empty());
+  // Windows of text side by side only as far as their logits stay small; none is lost.
+  TaskData text;
+  text.kind = TaskData::Kind::text;
+  for (const auto& [length, rows] : {std::pair<std::size_t, std::int64_t>{100, 10}, {10, 16}, {600, 1}, {5000, 1}}) {
+    text.calibration.assign(21, std::vector<std::int64_t>(length, 3));
+    std::int64_t windows = 0;
+    for (const TokenBatch& batch : measuring_batches(text, 20, 1)) CHECK(batch.rows <= rows), windows += batch.rows;
+    CHECK(windows == 20);
+    CHECK(measuring_batches(text, 20, 1).front().rows == rows);
+  }
 }
