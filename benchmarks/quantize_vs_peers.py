@@ -223,6 +223,7 @@ def main():
     parser.add_argument("--list", action="store_true", help="names of all rows")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--score", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.list:
@@ -240,13 +241,19 @@ def main():
         torch.set_num_threads(o.threads)
         print(json.dumps(dict(cpu_seconds=RIVALS[o.row][1](o, o.out, **RIVALS[o.row][3]))), flush=True)
         return 0
+    if o.prepare:
+        make_teacher(o)
+        return 0
     if o.score:
         print(json.dumps(score(o, o.score, o.out)), flush=True)
         return 0
 
-    make_teacher(o)
     environment = dict(os.environ, OMP_NUM_THREADS=str(o.threads), MKL_NUM_THREADS=str(o.threads))
     arguments = [x for key in ("kompakt", "teacher", "calibration", "test", "tokens", "windows", "threads", "work") for x in ("--" + key, str(getattr(o, key)))]
+    # In a process of its own: a child's peak begins with what its parent had in memory when it was forked.
+    status, _, _, text = child(o, [sys.executable, __file__, *arguments, "--prepare"], environment)
+    if status:
+        parser.error("the teacher cannot be read: " + (text.strip().splitlines() or ["no output"])[-1])
     rows, wanted = {}, [x for x in o.only.split(",") if x]
     for name in [*OURS, *RIVALS]:
         if wanted and not any(name.startswith(x) for x in wanted):

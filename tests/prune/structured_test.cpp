@@ -380,7 +380,10 @@ TEST_CASE("samples are a seeded subset with its labels") {
   for (const auto& [length, rows] : {std::pair<std::size_t, std::int64_t>{100, 10}, {10, 16}, {600, 1}, {5000, 1}}) {
     text.calibration.assign(21, std::vector<std::int64_t>(length, 3));
     std::int64_t windows = 0;
-    for (const TokenBatch& batch : measuring_batches(text, 20, 1)) CHECK(batch.rows <= rows), windows += batch.rows;
+    for (const TokenBatch& batch : measuring_batches(text, 20, 1)) {
+      CHECK(batch.rows <= rows);
+      windows += batch.rows;
+    }
     CHECK(windows == 20);
     CHECK(measuring_batches(text, 20, 1).front().rows == rows);
   }
