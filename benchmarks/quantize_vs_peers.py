@@ -175,7 +175,7 @@ def weight_bytes(out, ours):
 def child(o, command, environment):
     """Runs a command; CPU seconds, peak resident bytes and output of that process alone."""
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=o.work)  # gptqmodel leaves logs where it runs
         _, status, usage = os.wait4(process.pid, 0)
         log.seek(0)
         text = log.read()
@@ -204,7 +204,7 @@ stages:
 def rival_row(o, name, out, environment, arguments):
     if importlib.util.find_spec(RIVALS[name][0]) is None:
         return dict(failed=f"package {RIVALS[name][0]} is not installed")
-    status, _, peak, text = child(o, [sys.executable, __file__, *arguments, "--row", name, "--out", str(out / "model")], environment)
+    status, _, peak, text = child(o, [sys.executable, os.path.abspath(__file__), *arguments, "--row", name, "--out", str(out / "model")], environment)
     answers = [line for line in text.splitlines() if line.startswith('{"cpu_seconds"')]
     if status or not answers:
         return dict(failed=(text.strip().splitlines() or ["no output"])[-1][:200])
@@ -234,7 +234,8 @@ def main():
             parser.error(f"--{key} must name a file")
         setattr(o, key, os.path.abspath(getattr(o, key)))
     o.kompakt = os.path.abspath(o.kompakt)
-    o.work = o.work or tempfile.mkdtemp(prefix="quantize_vs_peers")
+    o.work = os.path.abspath(o.work or tempfile.mkdtemp(prefix="quantize_vs_peers"))
+    os.makedirs(o.work, exist_ok=True)
     o.hf = str(pathlib.Path(o.work, "teacher"))
     if o.row:
         import torch
@@ -251,7 +252,7 @@ def main():
     environment = dict(os.environ, OMP_NUM_THREADS=str(o.threads), MKL_NUM_THREADS=str(o.threads))
     arguments = [x for key in ("kompakt", "teacher", "calibration", "test", "tokens", "windows", "threads", "work") for x in ("--" + key, str(getattr(o, key)))]
     # In a process of its own: a child's peak begins with what its parent had in memory when it was forked.
-    status, _, _, text = child(o, [sys.executable, __file__, *arguments, "--prepare"], environment)
+    status, _, _, text = child(o, [sys.executable, os.path.abspath(__file__), *arguments, "--prepare"], environment)
     if status:
         parser.error("the teacher cannot be read: " + (text.strip().splitlines() or ["no output"])[-1])
     rows, wanted = {}, [x for x in o.only.split(",") if x]
@@ -264,7 +265,7 @@ def main():
         if "failed" not in row:
             model = out if name in OURS else out / "model"
             row["bytes"] = weight_bytes(model, name in OURS)
-            status, _, _, text = child(o, [sys.executable, __file__, *arguments, "--score", name, "--out", str(model)], environment)
+            status, _, _, text = child(o, [sys.executable, os.path.abspath(__file__), *arguments, "--score", name, "--out", str(model)], environment)
             answers = [line for line in text.splitlines() if line.startswith('{"kl"')]
             row.update(json.loads(answers[-1]) if answers else dict(failed="not scored: " + (text.strip().splitlines() or [""])[-1][:160]))
         rows[name] = row

@@ -235,7 +235,6 @@ class BudgetAllocation {
   const BudgetFrame& frame() const { return frame_; }
 
  private:
-  Transformer& model_;
   // What sensitivities depend on beside the model and the seed: sizes and tunings are not among it.
   Json depends() const {
     Json formats = Json::object();
@@ -245,6 +244,7 @@ class BudgetAllocation {
                 {"act_order", options_.act_order}, {"sweep_precision", options_.sweep_precision}, {"polish_rounds", options_.polish_rounds}, {"calibrate_head", options_.calibrate_head}};
   }
 
+  Transformer& model_;
   const QuantizeOptions& options_;
   StageContext& context_;
   const BudgetTarget& target_;
