@@ -15,6 +15,7 @@
 #include "core/text.h"
 #include "model/families.h"
 #include "model/invariance.h"
+#include "model/parallel.h"
 #include "train/calibration.h"
 #include "train/inverse_factor.h"
 #include "train/teacher.h"

@@ -12,6 +12,7 @@
 
 #include "core/error.h"
 #include "core/text.h"
+#include "model/parallel.h"
 #include "train/calibration.h"
 
 namespace kompakt {

@@ -12,16 +12,18 @@
 #include "core/system.h"
 #include "core/text.h"
 #include "model/families.h"
+#include "model/gram_product.h"
 #include "model/invariance.h"
+#include "model/parallel.h"
 
 namespace kompakt {
 namespace {
 
 using at::Tensor;
 
-// Weighted moments of a linear's input and of what its output lacks, as means over tokens.
+// Weighted moments of a linear's input and of what its output lacks, as means over tokens but for the two large ones.
 struct StreamMoments {
-  Tensor second, cross;                   // [K,K] E[a z z'], [N,K] E[a r z']; float32
+  Tensor second, cross;                   // [K,K] and [N,K], sums of a z z' (on and above the diagonal) and a r z'; float32
   Tensor input_mean, residual_mean;       // [K] E[a z], [N] E[a r]; float64
   double weight_mean = 0, tokens = 0;     // E[a]
   double before = 0;                      // E[a |r|^2]
@@ -29,8 +31,8 @@ struct StreamMoments {
   void add(const Tensor& z, const Tensor& r, const Tensor& a) {
     const double count = static_cast<double>(z.size(0)), whole = tokens + count, keep = tokens / whole, share = 1 / whole;
     const Tensor root = a.sqrt().unsqueeze(1), weighted_z = z * root, weighted_r = r * root;
-    add_product(second, weighted_z, weighted_z, true, keep, share);
-    add_product(cross, weighted_r, weighted_z, false, keep, share);
+    add_gram(second, {weighted_z}, {weighted_z}, true);
+    add_gram(cross, {weighted_r}, {weighted_z}, false);
     const auto mean = [&](Tensor& value, const Tensor& rows) {
       const Tensor sum = (rows * a.unsqueeze(1)).sum(0, false, at::kDouble) * share;
       value = value.defined() ? value * keep + sum : sum;
@@ -47,7 +49,7 @@ struct StreamMoments {
 void stream_solve(Linear& linear, const StreamMoments& moments, double ridge) {
   const bool biased = linear.bias.defined();
   Tensor s = moments.second.triu() + moments.second.triu(1).t(), c = moments.cross;
-  s = s.to(at::kDouble), c = c.to(at::kDouble);
+  s = s.to(at::kDouble) / moments.tokens, c = c.to(at::kDouble) / moments.tokens;
   if (biased) {
     s = s - at::outer(moments.input_mean, moments.input_mean) / moments.weight_mean;
     c = c - at::outer(moments.residual_mean, moments.input_mean) / moments.weight_mean;
@@ -160,7 +162,7 @@ class StreamRefit {
       first = end;
     }
     const SingleThread single;
-    const Tensor second = (moments.second.triu() + moments.second.triu(1).t()).to(at::kDouble), cross = moments.cross.to(at::kDouble);
+    const Tensor second = (moments.second.triu() + moments.second.triu(1).t()).to(at::kDouble), cross = moments.cross.to(at::kDouble);  // sums, as in StreamMoments
     for (const auto& [reader, before] : readers) {
       if (!reader->weight.defined()) continue;
       // What is left is W_before y - W_S y': its moments follow from those of y and y'.

@@ -13,6 +13,7 @@
 #include "core/system.h"
 #include "core/text.h"
 #include "model/paged.h"
+#include "model/parallel.h"
 #include "train/optimizer.h"
 
 namespace kompakt {

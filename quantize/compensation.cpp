@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "model/parallel.h"
 #include "train/inverse_factor.h"
 
 namespace kompakt {

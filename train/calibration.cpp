@@ -13,8 +13,8 @@
 #include "core/random.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "model/gram_product.h"
 #include "model/parallel.h"
-#include "train/inverse_factor.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -24,6 +24,9 @@ constexpr std::int64_t hessian_chunk_tokens = 4096;  // rows of one product: act
 
 // Tokens of one pass. On the CPU passes run beside each other, one a thread, so that every bit is independent of their number.
 std::int64_t hessian_batch_tokens(c10::Device device) { return device.is_cpu() ? 512 : 4096; }
+
+// A divisor: of tokens that all count nothing the sums are zero.
+double positive(double weight) { return std::max(weight, std::numeric_limits<double>::min()); }
 
 at::Tensor hessian_mirrored(const at::Tensor& upper) { return upper.triu() + upper.triu(1).t(); }
 
@@ -59,23 +62,6 @@ void for_each_batch(c10::Device device, std::size_t count, const std::function<v
   }
   const SingleThread single;
   range(0, static_cast<std::int64_t>(count));
-}
-
-// Panels of rows are products of their own.
-void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, bool symmetric, double keep, double add) {
-  if (!sum.defined()) sum = at::zeros({a.size(1), b.size(1)}, a.options());
-  constexpr std::int64_t width = 128;
-  const std::int64_t rows = a.size(1), panels = (rows + width - 1) / width;
-  const auto panel = [&](std::int64_t p) {
-    const std::int64_t from = p * width, to = std::min(rows, from + width), left = symmetric ? from : 0;
-    sum.slice(0, from, to).slice(1, left).addmm_(a.slice(1, from, to).t(), b.slice(1, left), keep, add);
-  };
-  // A long panel goes with a short one.
-  for_each_batch(a.device(), static_cast<std::size_t>((panels + 1) / 2), [&](std::size_t i) {
-    const auto p = static_cast<std::int64_t>(i);
-    panel(p);
-    if (panels - 1 - p != p) panel(panels - 1 - p);
-  });
 }
 
 CalibrationSet calibration_set(const StageContext& context, std::int64_t sequences, std::string_view otherwise) {
@@ -226,10 +212,10 @@ at::Tensor SequentialCalibration::part_input(const Stream& stream, std::int64_t 
   return set_.valid[batch].defined() ? flat.index_select(0, set_.valid[batch]) : flat;
 }
 
-at::Tensor SequentialCalibration::part_inputs(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t first, std::size_t end) const {
+std::vector<at::Tensor> SequentialCalibration::part_inputs(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t first, std::size_t end) const {
   std::vector<at::Tensor> rows(end - first);
   for_each_batch(model_.device(), rows.size(), [&](std::size_t i) { rows[i] = part_input(stream, layer, part, first + i); });
-  return rows.size() == 1 ? rows[0] : at::cat(rows);
+  return rows;
 }
 
 SecondMoments SequentialCalibration::moments(std::int64_t layer, BlockPart part, const std::map<std::string, at::Tensor>& original) {
@@ -254,40 +240,56 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
     std::int64_t count = 0;
     const std::int64_t half = set_.tokens / 2;
     while (end < batches && count < hessian_chunk_tokens && (seen >= half || seen + count < half)) count += rows_of(end++);
-    const at::Tensor x = part_inputs(quantized_, layer, part, first, end), teacher = cross && !options_.squares_only ? part_inputs(teacher_, layer, part, first, end) : at::Tensor();
+    using Rows = std::vector<at::Tensor>;
+    const Rows x = part_inputs(quantized_, layer, part, first, end), teacher = cross && !options_.squares_only ? part_inputs(teacher_, layer, part, first, end) : Rows();
     seen += count;
     for (std::size_t k = 0; k < weights.size(); ++k) {
       SecondMoments& out = moments[k];
-      const at::Tensor weight = weights[k] ? at::cat(std::vector<at::Tensor>(weights[k]->begin() + static_cast<std::ptrdiff_t>(first), weights[k]->begin() + static_cast<std::ptrdiff_t>(end))).to(x.options()).unsqueeze(1) : at::Tensor();
-      const double before = weight_seen[k], whole = before + (weight.defined() ? weight.sum(at::kDouble).item<double>() : static_cast<double>(count));
-      out.tokens += count, weight_seen[k] = whole;
+      Rows weight;  // [tokens,1] each
+      if (weights[k])
+        for (std::size_t i = 0; i < x.size(); ++i) weight.push_back((*weights[k])[first + i].to(x[i].options()).unsqueeze(1));
+      const auto weighted = [&](const Rows& rows) {
+        Rows product = rows;
+        for (std::size_t i = 0; i < weight.size(); ++i) product[i] = rows[i] * weight[i];
+        return product;
+      };
+      double& whole = weight_seen[k];
+      if (!weights[k]) whole += static_cast<double>(count);
+      for (const at::Tensor& w : weight) whole += w.sum(at::kDouble).item<double>();
+      out.tokens += count;
       if (options_.squares_only) {
-        const at::Tensor square = x.square(), sum = (weight.defined() ? square * weight : square).sum(0, false, at::kDouble);
-        out.square = out.square.defined() ? out.square + sum : sum;
+        for (std::size_t i = 0; i < x.size(); ++i) {
+          const at::Tensor square = x[i].square(), sum = (weight.empty() ? square : square * weight[i]).sum(0, false, at::kDouble);
+          out.square = out.square.defined() ? out.square + sum : sum;
+        }
         continue;
       }
-      const double keep = whole > 0 ? before / whole : 1, add = whole > 0 ? 1 / whole : 0;
-      // Rows weighted on one side of every product.
-      const at::Tensor left = weight.defined() ? x * weight : x;
-      const auto mean = [&](at::Tensor& value, const at::Tensor& rows) {
-        const at::Tensor sum = rows.sum(0, false, at::kDouble) * add;
-        value = value.defined() ? value * keep + sum : sum;
+      // Sums until the end; rows weighted on one side of every product.
+      const Rows left = weighted(x);
+      const auto sum = [&](at::Tensor& value, const Rows& rows) {
+        if (!value.defined()) value = at::zeros({rows[0].size(1)}, rows[0].options().dtype(at::kDouble));
+        for (const at::Tensor& some : rows) value += some.sum(0, false, at::kDouble);
       };
-      add_product(out.hessian, left, x, true, keep, add);
-      mean(out.mean, left);
+      add_gram(out.hessian, left, x, true);
+      if (options_.means) sum(out.mean, left);
       if (cross) {
-        add_product(out.cross, teacher, left, false, keep, add);
-        mean(out.teacher_mean, weight.defined() ? teacher * weight : teacher);
+        add_gram(out.cross, teacher, left, false);
+        if (options_.means) sum(out.teacher_mean, weighted(teacher));
       }
-      if (!out.half.defined() && seen >= half && end < batches) out.half = hessian_mirrored(out.hessian), out.half_mean = out.mean, out.half_tokens = seen, out.half_share = whole;
+      if (!out.half.defined() && seen >= half && end < batches) {
+        out.half = hessian_mirrored(out.hessian).div_(positive(whole)), out.half_tokens = seen, out.half_share = whole;
+        if (options_.means) out.half_mean = out.mean / positive(whole);
+      }
     }
     first = end;
   }
   for (std::size_t k = 0; k < weights.size(); ++k) {
     SecondMoments& out = moments[k];
-    out.half_share = weight_seen[k] > 0 ? out.half_share / weight_seen[k] : 0;
-    if (options_.squares_only) out.square.div_(std::max(weight_seen[k], std::numeric_limits<double>::min()));
-    else out.hessian = hessian_mirrored(out.hessian);
+    const double whole = positive(weight_seen[k]);
+    out.half_share = out.half_share / whole;
+    for (at::Tensor* value : {&out.square, &out.cross, &out.mean, &out.teacher_mean})
+      if (value->defined()) value->div_(whole);
+    if (out.hessian.defined()) out.hessian = hessian_mirrored(out.hessian).div_(whole);
   }
   return moments;
 }

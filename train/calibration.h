@@ -22,9 +22,6 @@ namespace kompakt {
 // work(0), ..., work(count - 1), on the CPU beside each other; every bit is independent of the number of threads as long as the
 // pieces do not meet.
 void for_each_batch(c10::Device device, std::size_t count, const std::function<void(std::size_t)>& work);
-// sum <- keep sum + add a^T b; a [n,K], b [n,M]; made when undefined. `symmetric` (a is b): only the blocks on and above the
-// diagonal are right. The same bits for any number of threads.
-void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, bool symmetric, double keep, double add);
 
 // The inputs that a method looks at, and what the report says about them.
 struct CalibrationSet {
@@ -50,17 +47,18 @@ struct SecondMoments {
   at::Tensor cross;               // [K,K] E[x~ x^T], only with a teacher and CalibrationOptions::cross
   at::Tensor half;                // [K,K] E[x x^T] of the first half of the batches; undefined with a single batch
   at::Tensor square;              // [K] float64 E[x^2], and nothing else, when only squares are asked for
-  at::Tensor mean, half_mean;     // [K] float64 E[x], and of the first half
+  at::Tensor mean, half_mean;     // [K] float64 E[x], and of the first half; only when means are asked for
   at::Tensor teacher_mean;        // [K] float64 E[x~], likewise
   std::int64_t tokens = 0, half_tokens = 0;
   double half_share = 0;          // of the first half in the weights of all tokens
 };
-// Covariances instead: E[x x^T] - E[x] E[x]^T and so on. What a layer with a bias minimises, when the bias takes the rest.
+// Covariances instead, of moments with means: E[x x^T] - E[x] E[x]^T and so on. What a layer with a bias minimises, when the bias takes the rest.
 void subtract_means(SecondMoments& moments);
 
 struct CalibrationOptions {
   bool teacher = false;         // keep the activations of the float model too
   bool cross = true;            // with a teacher: moments against it
+  bool means = false;           // means of the inputs too
   bool float64 = false;         // products and sums of the moments in float64 instead of float32
   std::filesystem::path spill;  // folder for activations on disk; empty = in memory
   bool squares_only = false;    // no products: the diagonal of the moments, for a pass that costs no more than the model
@@ -112,7 +110,7 @@ class SequentialCalibration {
   void compute(Stream& stream, std::int64_t layer, int parts);  // up to the input of part number `parts`; 4 = behind the block
   void compute_teacher(std::int64_t layer, int parts, const std::map<std::string, at::Tensor>& original);
   at::Tensor part_input(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t batch) const;  // [tokens,K]
-  at::Tensor part_inputs(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t first, std::size_t end) const;
+  std::vector<at::Tensor> part_inputs(const Stream& stream, std::int64_t layer, BlockPart part, std::size_t first, std::size_t end) const;
   void swap_weights(std::int64_t layer, std::map<std::string, at::Tensor>& weights);
 
   Transformer& model_;

@@ -32,13 +32,6 @@ at::Tensor inverse_of_upper(const at::Tensor& upper) {
 
 }  // namespace
 
-SingleThread::SingleThread() : before_(at::get_num_threads()) {
-  if (before_ != 1) at::set_num_threads(1);
-}
-SingleThread::~SingleThread() {
-  if (before_ != 1) at::set_num_threads(before_);
-}
-
 at::Tensor inverse_factor(const at::Tensor& hessian) {
   const SingleThread single;
   // With J the reversal of order: J H J = L L^T, so H = M M^T with M = J L J upper triangular, and H^-1 = U^T U with U = M^-1.

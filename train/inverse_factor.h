@@ -7,18 +7,6 @@
 
 namespace kompakt {
 
-// The library's threads are switched off while one of these lives: a factorization must give the same bits for any number.
-class SingleThread {
- public:
-  SingleThread();
-  ~SingleThread();
-  SingleThread(const SingleThread&) = delete;
-  SingleThread& operator=(const SingleThread&) = delete;
-
- private:
-  int before_;
-};
-
 // U upper triangular with H^-1 = U^T U, [K,K] in the type of `hessian`; undefined when the factorization fails.
 at::Tensor inverse_factor(const at::Tensor& hessian);
 

@@ -128,7 +128,7 @@ TEST_CASE("moments part by part equal moments of recorded inputs, padding left o
     REQUIRE(set.inputs.size() >= 3);
     for (const bool float64 : {false, true}) {
       // The teacher is another model: its weights of block 1 differ, those of block 0 and the embedding do not.
-      SequentialCalibration calibration(model, set, {.teacher = true, .float64 = float64});
+      SequentialCalibration calibration(model, set, {.teacher = true, .means = true, .float64 = float64});
       calibration.start();
       calibration.advance(0, {});
       Linear& up = model.blocks[1].mlp.up;

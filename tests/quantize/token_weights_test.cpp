@@ -136,7 +136,7 @@ TEST_CASE("weighted moments", "[quantize][token_weights]") {
   auto model = tiny_decoder(7, true);
   const TaskData data = weight_text(3, 300);
   const CalibrationSet set = calibration_set(weight_context(data), 3);
-  SequentialCalibration calibration(*model, set, {.teacher = true});
+  SequentialCalibration calibration(*model, set, {.teacher = true, .means = true});
   calibration.start();
   const std::string name = model->blocks[0].attention.query.name;
   std::vector<at::Tensor> inputs, weights, ones;
