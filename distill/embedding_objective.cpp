@@ -8,6 +8,7 @@
 #include "core/error.h"
 #include "core/text.h"
 #include "distill/objective_item.h"
+#include "train/precision.h"
 
 namespace kompakt {
 namespace {
@@ -50,12 +51,14 @@ const EmbeddingLoss* find_embedding_loss(std::string_view name) {
 }
 
 Tensor embedding_contrastive(const Tensor& student, const Tensor& teacher, double temperature, const Tensor& projection) {
+  const NoAutocast float32;
   const Tensor s = embedding_unit(student, projection), t = embedding_unit(teacher.detach());
   if (s.size(1) != t.size(1)) throw Error(str("the embeddings of student and teacher have different widths: ", s.size(1), " and ", t.size(1))).hint("use a projection, or {embedding: similarity}, which compares any two widths");
   return forward_kl(at::mm(s, t.to(s.scalar_type()).t()), at::mm(t, t.t()), embedding_softmax(temperature));
 }
 
 Tensor embedding_similarity(const Tensor& student, const Tensor& teacher, double temperature) {
+  const NoAutocast float32;
   const Tensor s = embedding_unit(student), t = embedding_unit(teacher.detach());
   if (s.size(0) < 2) return s.sum() * 0;
   const Tensor self = at::eye(s.size(0), s.options().dtype(at::kBool));

@@ -11,6 +11,7 @@
 #include "core/random.h"
 #include "core/text.h"
 #include "distill/losses.h"
+#include "train/precision.h"
 
 namespace kompakt {
 namespace {
@@ -43,7 +44,9 @@ Tensor relation_split(const Tensor& x, std::int64_t heads, bool normalize) {
   return out * std::pow(static_cast<double>(width) / static_cast<double>(heads), -0.25);  // both factors together: 1/sqrt(d_r)
 }
 
-void relation_check(std::int64_t width, std::int64_t heads, const char* whose) {
+}  // namespace
+
+void check_relation_heads(std::int64_t width, std::int64_t heads, const char* whose) {
   if (heads >= 1 && width % heads == 0) return;
   std::int64_t below = std::max<std::int64_t>(1, std::min(heads, width)), above = below;
   while (width % below != 0) --below;
@@ -51,9 +54,8 @@ void relation_check(std::int64_t width, std::int64_t heads, const char* whose) {
   throw Error(str("the ", whose, "'s width ", width, " cannot be split into ", heads, " relation heads")).given(str(heads)).allowed(str("a divisor of ", width, "; nearest: ", below, " or ", above));
 }
 
-}  // namespace
-
 Tensor hidden_mse(const Tensor& student, const Tensor& teacher, const Tensor& mask, const Tensor& projection, bool normalize) {
+  const NoAutocast float32;
   const auto [s, t] = hidden_rows(student, teacher, mask, projection);
   if (s.size(0) == 0) return s.sum();
   const Tensor loss = at::mse_loss(s, t);
@@ -61,6 +63,7 @@ Tensor hidden_mse(const Tensor& student, const Tensor& teacher, const Tensor& ma
 }
 
 Tensor hidden_cosine(const Tensor& student, const Tensor& teacher, const Tensor& mask, const Tensor& projection) {
+  const NoAutocast float32;
   const auto [s, t] = hidden_rows(student, teacher, mask, projection);
   if (s.size(0) == 0) return s.sum();
   const Tensor both_zero = (s.detach().abs().amax(-1) == 0).logical_and_(t.abs().amax(-1) == 0);
@@ -88,11 +91,12 @@ Tensor orthogonal_projection(std::int64_t rows, std::int64_t columns, std::uint6
 }
 
 Tensor relation_loss(const Tensor& student, const Tensor& teacher, const Tensor& lengths, const Tensor& documents, const RelationOptions& options) {
+  const NoAutocast float32;
   if (student.size(0) != teacher.size(0) || student.size(2) != teacher.size(2)) throw std::logic_error("relation loss: student and teacher hold different positions");
   const std::int64_t rows = student.size(0), tokens = student.size(2);
   const std::int64_t heads = options.relation_heads > 0 ? options.relation_heads : std::gcd(student.size(1), teacher.size(1));
-  relation_check(student.size(1) * student.size(3), heads, "student");
-  relation_check(teacher.size(1) * teacher.size(3), heads, "teacher");
+  check_relation_heads(student.size(1) * student.size(3), heads, "student");
+  check_relation_heads(teacher.size(1) * teacher.size(3), heads, "teacher");
   const Tensor s = relation_split(student, heads, options.normalize), t = relation_split(teacher.detach(), heads, options.normalize);
   Tensor scores = at::matmul(s, s.transpose(-1, -2)), target = at::matmul(t, t.transpose(-1, -2));
 

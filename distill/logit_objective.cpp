@@ -1,5 +1,6 @@
 // The sum of logit losses as one objective: from full logits, in chunks from hidden states, or against a teacher's cache.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <cstdlib>
 
@@ -14,13 +15,6 @@ namespace {
 
 using at::Tensor;
 
-// Columns that both sides have. Padding rows are at most a rounding to a multiple of 512; anything else is another vocabulary.
-std::int64_t logit_shared_vocabulary(std::int64_t student, std::int64_t teacher) {
-  if (student == teacher) return 0;
-  if (std::abs(student - teacher) < 512 && std::min(student, teacher) > 1024) return std::min(student, teacher);
-  throw Error(str("student and teacher do not share a vocabulary or label set: ", student, " and ", teacher, " logits")).hint("use hidden or relation losses and labels, or a teacher with the same tokenizer and labels");
-}
-
 Tensor logit_rows(const Tensor& x) { return x.defined() ? x.flatten(0, 1) : x; }
 
 std::int64_t logit_columns(const TeacherTargets& teacher) {
@@ -30,19 +24,26 @@ std::int64_t logit_columns(const TeacherTargets& teacher) {
 
 }  // namespace
 
+std::int64_t shared_logits(std::int64_t student, std::int64_t teacher) {
+  if (student == teacher) return 0;
+  if (std::abs(student - teacher) < 512 && std::min(student, teacher) > 1024) return std::min(student, teacher);
+  throw Error(str("student and teacher do not share a vocabulary or label set: ", student, " and ", teacher, " logits")).hint("use hidden or relation losses and labels, or a teacher with the same tokenizer and labels");
+}
+
 Tensor LogitObjective::loss(const ObjectiveInput& input, std::vector<LossPart>& parts) {
+  const at::AutoGradMode gradient(at::GradMode::is_enabled() && !terms_.empty());  // without terms it only measures
   const TeacherTargets& teacher = objective_teacher(input);
   LogitLossOptions frame;
   if (input.batch.labels.empty()) frame.mask = objective_token_mask(input).reshape({-1});
   LogitMeans means;
   if (input.logits.defined() && teacher.logits.defined()) {
-    frame.vocabulary = logit_shared_vocabulary(input.logits.size(-1), teacher.logits.size(-1));
+    frame.vocabulary = shared_logits(input.logits.size(-1), teacher.logits.size(-1));
     means = logit_terms(terms_, input.logits, teacher.logits, frame);
   } else {
     const InputTransform& transform = input.student.lm_head.input_transform;
     const HeadWeights head = head_weights(input.student);
     const Tensor hidden = transform ? transform(input.hidden) : input.hidden;
-    frame.vocabulary = logit_shared_vocabulary(head.weight.size(0), logit_columns(teacher));
+    frame.vocabulary = shared_logits(head.weight.size(0), logit_columns(teacher));
     const SparseTargets& s = teacher.sparse;
     const SparseTargets rows{logit_rows(s.ids), logit_rows(s.log_p), logit_rows(s.log_rest), logit_rows(s.draws), logit_rows(s.draw_log_p), s.vocabulary};
     const FusedTeacher source{logit_rows(teacher.logits), logit_rows(teacher.hidden), teacher.head_weight, teacher.head_bias, s.ids.defined() ? &rows : nullptr};

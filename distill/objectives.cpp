@@ -250,6 +250,23 @@ void objective_check_layers(const ObjectiveItem& item, Problems& problems) {
     if (layer >= count) problems.add(Error(str("the student has no layer ", layer)).at(item.place.text()).given(str(layer)).allowed(str("0 to ", count - 1)));
 }
 
+// Widths that the relation heads must divide.
+void objective_check_heads(const ObjectiveItem& item, Problems& problems) {
+  const ObjectiveShapes::Heads &student = item.shapes.student_heads, &teacher = item.shapes.teacher_heads;
+  if (student.query == 0 || teacher.query == 0) return;
+  const auto check = [&](std::int64_t ours, std::int64_t theirs) {
+    const std::int64_t heads = item.relation.relation_heads > 0 ? item.relation.relation_heads : std::gcd(ours, theirs);
+    check_relation_heads(ours * student.size, heads, "student");
+    check_relation_heads(theirs * teacher.size, heads, "teacher");
+  };
+  try {
+    check(student.query, teacher.query);
+    check(student.key, teacher.key);
+  } catch (const Error& error) {
+    problems.add(Error(error).at(item.place.text()));
+  }
+}
+
 // What a cache of the teacher's likeliest tokens cannot serve.
 void objective_check_cache(const ObjectiveKind& kind, const ObjectiveItem& item, Problems& problems) {
   const auto refuse = [&](const std::string& what, const std::string& hint) { problems.add(Error(what).at(item.place.text()).given(str(kind.key, ": ", item.name)).hint(hint)); };
@@ -304,6 +321,7 @@ std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const
     read_fields(node, str("objective \"", kind->key, "\""), problems, [&](FieldVisitor& visitor) { objective_fields(visitor, *kind, item); });
     if (item.name.empty() && problems.size() == before) problems.add(Error(str("\"", kind->key, "\" has no value")).at(node.place.text()).allowed(join(kind->names(), ", ")));
     objective_check_layers(item, problems);
+    if (kind->add == objective_add<RelationObjective> && problems.size() == before) objective_check_heads(item, problems);
     if (problems.size() == before) objective_check_text(*kind, item, problems);
     if (shapes.decoder && kind->text == ObjectiveKind::Text::encoder) problems.add(Error(str("\"", kind->key, "\" compares one vector a text, and a decoder has none")).at(node.place.text()).given(item.name).hint("use hidden, relation or logits"));
     if (shapes.cached && problems.size() == before) objective_check_cache(*kind, item, problems);
@@ -314,9 +332,14 @@ std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const
   return objectives;
 }
 
-ObjectiveShapes objective_shapes(const Transformer& student, const ModelConfig& teacher, std::uint64_t seed) {
-  return {student.config().hidden, teacher.hidden, !student.config().is_classifier(), false, seed};
+ObjectiveShapes objective_shapes(const ModelConfig& student, const ModelConfig& teacher, std::uint64_t seed) {
+  ObjectiveShapes shapes{student.hidden, teacher.hidden, !student.is_classifier(), false, seed};
+  const auto heads = [](const ModelConfig& config) { return ObjectiveShapes::Heads{config.heads, config.kv_heads, config.head_dim}; };
+  shapes.student_heads = heads(student), shapes.teacher_heads = heads(teacher);
+  return shapes;
 }
+
+std::shared_ptr<Objective> divergence_monitor(bool decoder) { return std::make_shared<LogitObjective>(decoder); }
 
 Node default_objective(bool classifier) {
   const auto item = [](std::vector<std::pair<std::string, std::string>> pairs) {

@@ -7,14 +7,16 @@
 #include "core/error.h"
 #include "core/log.h"
 #include "core/text.h"
+#include "model/families.h"
 
 namespace kompakt {
 
 void fields(FieldVisitor& visitor, DistillOptions& options) {
-  bool student = !options.student.keep_layers.empty() || !options.student.layer_map.empty() || !options.student.model.empty();
+  bool student = !options.student.keep_layers.empty() || !options.student.layer_map.empty() || !options.student.model.empty() || !options.student.config.empty();
   visitor.section("student", student, "how the student is made from the teacher", [&](FieldVisitor& inner) {
     inner.integers("keep_layers", options.student.keep_layers, "teacher layers that the student copies, from 0; empty = all", {.min = 0.0});
     inner.integers("layer_map", options.student.layer_map, "teacher layer whose output each student layer must match; empty = the last dropped layer behind each copied one", {.min = 0.0});
+    inner.text("config", options.student.config, "text: config.json of a decoder that starts from random weights, with the teacher's tokenizer; empty = made from the teacher");
     inner.text("model", options.student.model, "text: folder or GGUF file of another model that is the student, with its own tokenizer; empty = made from the teacher");
   });
   visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, embedding, labels, cross_tokenizer, policy");
@@ -45,6 +47,16 @@ Node distill_default(const DistillOptions& options, bool classifier) {
 
 }  // namespace
 
+namespace {
+
+// Whether the divergence is measured on its own: the teacher runs for other values, and both models predict the same things.
+bool distill_monitored(const Node& list, const ModelConfig& student, const ModelConfig& teacher, const ObjectiveShapes& shapes) {
+  const bool predicts = student.is_classifier() ? student.labels.size() == teacher.labels.size() : !student.family->encoder && !teacher.family->encoder && student.vocab == teacher.vocab;
+  return predicts && !shapes.crossed && !distill_has(list, "logits") && (distill_has(list, "hidden") || distill_has(list, "relation") || distill_has(list, "embedding"));
+}
+
+}  // namespace
+
 bool crosses_tokenizers(const Node& objective) { return distill_has(objective, "cross_tokenizer"); }
 
 void check_distill(const DistillOptions& options, bool classification, const Place& place, Problems& problems) {
@@ -56,6 +68,8 @@ void check_distill(const DistillOptions& options, bool classification, const Pla
   if (classification && !options.student.model.empty()) refuse("student.model is for text", "of a classifier choose layers with student.keep_layers");
   if (classification && crosses_tokenizers(options.objective)) refuse("cross_tokenizer is for text, and the student is a classifier", "use logits, hidden, relation or labels");
   if (!options.student.model.empty() && !options.student.keep_layers.empty()) refuse("a student is either made of the teacher's layers or another model", "remove student.keep_layers or student.model");
+  if (!options.student.config.empty() && !(options.student.keep_layers.empty() && options.student.model.empty())) refuse("a student starts from random weights, is made of the teacher's layers, or is another model", "keep one of student.config, student.keep_layers and student.model");
+  if (classification && !options.student.config.empty()) refuse("student.config is for text", "of a classifier choose layers with student.keep_layers");
   if (options.has_on_policy && options.has_teacher_text) refuse("on_policy and teacher_text both write the texts", "keep one of them");
   if (options.has_cache && options.has_on_policy) refuse("on_policy needs the live teacher: a cache knows the data's texts alone", "remove the cache");
   if (options.has_cache && options.has_teacher_text) refuse("the cache holds outputs on the data's texts, and teacher_text replaces them", "remove one of the two");
@@ -90,12 +104,14 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
   const bool classifier = context.data->kind == TaskData::Kind::classification;
   const Node list = options.objective.is_null() ? distill_default(options, classifier) : options.objective;
   Problems problems;
-  ObjectiveShapes shapes = objective_shapes(student, teacher, context.seed);
+  ObjectiveShapes shapes = objective_shapes(student.config(), teacher, context.seed);
   shapes.cached = options.has_cache;
   shapes.crossed = crosses_tokenizers(list);
   shapes.sampled = distill_samples(options);
-  const auto objectives = build_objectives(list, map, problems, shapes);
+  if (!classifier && !shapes.crossed && distill_has(list, "logits")) shared_logits(student.config().vocab, teacher.vocab);
+  auto objectives = build_objectives(list, map, problems, shapes);
   problems.throw_if_any("the objectives of the stage distill have mistakes");
+  if (distill_monitored(list, student.config(), teacher, shapes)) objectives.push_back(divergence_monitor(!classifier));
 
   if (context.details) {
     (*context.details)["objective"] = to_json(list);

@@ -16,6 +16,7 @@ namespace kompakt {
 struct StudentOptions {
   std::vector<std::int64_t> keep_layers;  // teacher layers, from 0; empty = all
   std::vector<std::int64_t> layer_map;    // teacher layer whose output each student layer must match; empty = default_layer_map
+  std::string config;                     // text: config.json of a shape that starts from random weights, with the teacher's tokenizer
   std::string model;                      // text: folder or GGUF of another model, the student with its own tokenizer; empty = made from the teacher
 };
 
@@ -46,13 +47,22 @@ struct ObjectiveShapes {
   std::uint64_t seed = 0;                               // of the projections
   bool crossed = false;                                 // the teacher has another tokenizer
   bool sampled = false;                                 // the student writes texts that it learns from
+  struct Heads {                                        // of queries, and of keys and values
+    std::int64_t query = 0, key = 0, size = 0;
+  } student_heads, teacher_heads;
 };
 // Objectives from a recipe's list. `layer_map[i]` = teacher layer (from 0) whose output student layer i must match.
 // Mistakes are collected with their places. A layer map that is empty stands for "not known yet": layers are not checked.
 std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const std::vector<std::int64_t>& layer_map, Problems& problems, const ObjectiveShapes& shapes = {});
 // True when an item of the list is one of the kind `cross_tokenizer`: the source is then cross_tokenizer_teacher().
 bool crosses_tokenizers(const Node& objective);
-ObjectiveShapes objective_shapes(const Transformer& student, const ModelConfig& teacher, std::uint64_t seed);
+ObjectiveShapes objective_shapes(const ModelConfig& student, const ModelConfig& teacher, std::uint64_t seed);
+inline ObjectiveShapes objective_shapes(const Transformer& student, const ModelConfig& teacher, std::uint64_t seed) { return objective_shapes(student.config(), teacher, seed); }
+// Logs forward and reverse KL beside objectives that look at other values of the teacher (hidden states, relations, embeddings); teaches nothing.
+std::shared_ptr<Objective> divergence_monitor(bool decoder);
+// Columns of logits that both have: 0 = all, else the smaller number where the rest can be padding (at most a rounding to a multiple of
+// 512). Error where it is another vocabulary or label set.
+std::int64_t shared_logits(std::int64_t student, std::int64_t teacher);
 // The list that stands for an absent one. Classifier: 0.5 x label cross entropy + T^2 KL at T = 2 + 10 x hidden MSE;
 // text: forward KL at T = 1, which is what evaluation measures.
 Node default_objective(bool classifier);

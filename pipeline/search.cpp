@@ -17,6 +17,7 @@
 #include "model/families.h"
 #include "prune/depth.h"
 #include "quantize/budget_probe.h"
+#include "quantize/compensation.h"
 #include "quantize/methods.h"
 #include "quantize/sensitivity.h"
 #include "quantize/tensors.h"
@@ -217,6 +218,11 @@ BudgetSearch::BudgetSearch(Transformer& model, const SearchOptions& options, std
 
 BudgetSearch::~BudgetSearch() = default;
 
+bool search_feeds_back(const SearchOptions& options) {
+  const QuantizationMethod* method = find_quantization_method(options.method);
+  return method && method->needs_calibration;
+}
+
 QuantizeOptions BudgetSearch::quantize_options() const {
   QuantizeOptions out;
   out.method = options_.method;
@@ -308,6 +314,9 @@ void BudgetSearch::measure(const std::filesystem::path& file) {
   if (!kept_.empty() && !config.is_classifier()) vocabulary_kl_ = std::max(0.0, probe_->divergence(model_, at::tensor(at::ArrayRef<std::int64_t>(kept_), at::kLong).to(model_.device())));
   SensitivityRequest request;
   request.formats = wanted, request.error = search_error, request.seed = context_.seed;
+  // What the candidates' method makes of rounding errors: without it few bits look worse than they are, and the search cuts instead.
+  if (search_feeds_back(options_))
+    request.reduction = [damping = quantize_options().damping](const std::string&, const at::Tensor& inputs) { return compensation_ratio(inputs, damping); };
   for (const auto& [name, sensitivity] : measure_sensitivities(model_, set_, request))
     for (std::size_t f = 0; f < wanted.at(name).size(); ++f) sensitivities_[name][search_format(wanted.at(name)[f])] = sensitivity.divergence.at(f);
   if (!file.empty()) {

@@ -53,6 +53,8 @@ struct SearchOptions {
   std::string apply = "shape";                    // shape | all
 };
 void fields(FieldVisitor& visitor, SearchOptions& options);
+// Whether candidates are quantized by a method that feeds rounding errors back into the columns that follow: sensitivities foresee that.
+bool search_feeds_back(const SearchOptions& options);
 void check_search(const SearchOptions& options, const std::string& place, Problems& problems);
 
 class BudgetProbe;

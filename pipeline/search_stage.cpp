@@ -58,12 +58,12 @@ Json search_point_json(const SearchPoint& point, const ModelConfig& before) {
 // What the measurements depend on; budgets are not among it, so that another budget measures nothing again.
 std::filesystem::path search_cache(const StageRun& run, const SearchOptions& options, std::size_t kept) {
   SearchOptions same = options;
-  same.budget = {}, same.measure = 1, same.method = "rtn", same.apply = "shape";
+  same.budget = {}, same.measure = 1, same.method = search_feeds_back(options) ? "gptq" : "rtn", same.apply = "shape";
   std::string exports;  // candidates are the formats that the exports hold
   for (const RecipeStage& stage : run.recipe.stages)
     if (stage.row->name == "export") exports += dump_yaml(stage.options);
   const Json depends{{"tokenizer", run.current.tokenizer->fingerprint()}, {"data", run.context.data->hash}, {"vocabulary_kept", kept}, {"exports", exports}, {"options", dump_yaml(write_fields([&](FieldVisitor& v) { fields(v, same); }))}};
-  return measurement_file(run.context, *run.current.model, "search/1", depends, ".json");
+  return measurement_file(run.context, *run.current.model, "search/2", depends, ".json");
 }
 
 void search_describe(Json& details, const BudgetSearch& search, const SearchOptions& options, const SearchPoint& best, const ModelConfig& before, const ModelConfig& after) {

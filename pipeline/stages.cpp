@@ -16,6 +16,7 @@
 #include "distributed/collective.h"
 #include "export/exporters.h"
 #include "model/checkpoint.h"
+#include "model/families.h"
 #include "model/rounding.h"
 #include "pipeline/budget_target.h"
 #include "pipeline/recipe.h"
@@ -174,6 +175,34 @@ std::vector<std::int64_t> other_layer_map(const StudentOptions& options, const M
   return options.layer_map;
 }
 
+// The shape of a student that starts from random weights.
+ModelConfig random_student(const StudentOptions& options, const Recipe& recipe) {
+  const std::filesystem::path path = recipe.path_of(options.config);
+  if (!std::filesystem::is_regular_file(path)) throw Error("there is no such shape").at("distill.student.config").given(path.string()).allowed("a file config.json of a decoder, as transformers writes it").hint("check the path; relative paths start at the recipe's folder");
+  ModelConfig config = config_from_json(read_json(path), path.string());
+  if (config.family->encoder || config.is_classifier()) throw Error("the shape is not that of a decoder").at(path.string()).given(std::string(config.family->name)).hint("student.config is for text");
+  return config;
+}
+
+// The mistakes in objectives that only the shapes of both models tell, before anything is computed.
+void check_plan_objectives(const DistillOptions& options, bool classification, const PlannedModel& model, const Place& place) {
+  const bool crossed = crosses_tokenizers(options.objective);
+  if (!options.objective.is_null()) {
+    Problems problems;
+    ObjectiveShapes shapes = objective_shapes(model.config, model.teacher, 0);
+    shapes.decoder = !classification, shapes.cached = options.has_cache, shapes.crossed = crossed, shapes.sampled = options.has_on_policy && options.on_policy.lambda > 0;
+    build_objectives(options.objective, model.layer_map, problems, shapes);
+    problems.throw_if_any("the objectives of the stage distill have mistakes");
+  }
+  const bool logits = options.objective.is_null() || std::any_of(options.objective.items.begin(), options.objective.items.end(), [](const Node& item) { return item.is_map() && item.find("logits"); });
+  if (classification || crossed || !logits) return;
+  try {
+    shared_logits(model.config.vocab, model.teacher.vocab);
+  } catch (const Error& error) {
+    throw Error(error).at(place.text());
+  }
+}
+
 // With what only the task decides, which the check of the recipe does not know.
 DistillOptions read_distill(const Node& node, bool classification) {
   const auto options = read_stage<DistillOptions>(node);
@@ -187,7 +216,10 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
   set_rounding(model.config, RuntimeRounding());
   const DistillOptions options = read_distill(node, input.recipe.is_classification());
   if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
-  if (options.student.model.empty()) {
+  if (!options.student.config.empty()) {
+    model.config = random_student(options.student, input.recipe);
+    model.layer_map = other_layer_map(options.student, model.config, model.teacher);
+  } else if (options.student.model.empty()) {
     model.layer_map = student_layer_map(options.student, model.teacher.layers);
   } else {
     const std::filesystem::path path = input.recipe.path_of(options.student.model);
@@ -207,6 +239,7 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
     const SparseLayout row{1, std::min(options.cache.top, input.teacher.vocab), options.cache.tail, input.teacher.vocab};
     model.notes.push_back(str("the teacher's cache takes at most ", row.packed_bytes(), " bytes a token"));
   }
+  check_plan_objectives(options, input.recipe.is_classification(), model, node.place);
   add_training(input, options.train, &options.objective, model);
   model.bytes = float_bytes(model.config);
 }
@@ -226,6 +259,14 @@ void run_distill(const Node& node, StageRun& run) {
     run.context.masks.clear();
     run.context.layer_map = other_layer_map(options.student, run.current.model->config(), run.teacher->config());
   }
+  if (!options.student.config.empty()) {
+    const ModelConfig config = random_student(options.student, run.recipe);
+    check_tokenizer_fits(*run.current.tokenizer, config, run.recipe.path_of(options.student.config).string());
+    run.current.model = std::make_unique<Transformer>(config, run.context.seed, run.context.device);
+    run.current.quantized.clear();
+    run.context.masks.clear();
+    run.context.layer_map = other_layer_map(options.student, config, run.teacher->config());
+  }
   if (!options.student.keep_layers.empty()) {
     refuse_masks(run.context, "keep_layers makes a model of other layers");
     // Layers are counted in the teacher; the teacher's weights are where the student starts.
@@ -242,7 +283,11 @@ void run_distill(const Node& node, StageRun& run) {
       source = cross_tokenizer_teacher(run.teacher, *run.current.tokenizer, *run.teacher_tokenizer);
     }
   }
-  if (options.has_cache) source = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, options.cache, outputs);
+  if (options.has_cache) {
+    SparseCacheOptions cache = options.cache;
+    if (run.current.model->config().vocab < run.teacher->config().vocab) cache.columns = shared_logits(run.current.model->config().vocab, run.teacher->config().vocab);
+    source = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, cache, outputs);
+  }
   if (source) run.context.teacher = source.get();
   std::unique_ptr<BatchSampler> writer;
   if (options.has_teacher_text) {

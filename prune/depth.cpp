@@ -101,6 +101,23 @@ Tensor depth_log_probabilities(const Transformer& model, const Tensor& x, const 
   return at::log_softmax(model.head(model.final_norm.forward(rows)).to(at::kFloat), -1);
 }
 
+// The first depth_tokens, in batches of as many rows as fit.
+std::vector<TokenBatch> depth_first_rows(const std::vector<TokenBatch>& batches) {
+  std::vector<TokenBatch> out;
+  std::int64_t tokens = 0;
+  for (const TokenBatch& whole : batches) {
+    for (std::int64_t first = 0; first < whole.rows && tokens < depth_tokens;) {
+      TokenBatch batch;
+      batch.rows = std::clamp<std::int64_t>((depth_tokens - tokens) / std::max<std::int64_t>(1, whole.columns), 1, whole.rows - first), batch.columns = whole.columns;
+      batch.ids.assign(whole.ids.begin() + first * whole.columns, whole.ids.begin() + (first + batch.rows) * whole.columns);
+      batch.lengths.assign(whole.lengths.begin() + first, whole.lengths.begin() + first + batch.rows);
+      first += batch.rows, tokens += batch.rows * batch.columns;
+      out.push_back(std::move(batch));
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 std::vector<double> removal_divergence(const Transformer& model, const std::vector<TokenBatch>& batches) {
@@ -109,28 +126,24 @@ std::vector<double> removal_divergence(const Transformer& model, const std::vect
   const std::int64_t layers = model.config().layers;
   std::vector<double> sums(static_cast<std::size_t>(layers), 0);
   double count = 0;
-  std::int64_t tokens = 0;
-  for (const TokenBatch& whole : batches) {
-    for (std::int64_t first = 0; first < whole.rows && tokens < depth_tokens;) {
-      // As many rows as fit.
-      TokenBatch batch;
-      batch.rows = std::clamp<std::int64_t>((depth_tokens - tokens) / std::max<std::int64_t>(1, whole.columns), 1, whole.rows - first), batch.columns = whole.columns;
-      batch.ids.assign(whole.ids.begin() + first * whole.columns, whole.ids.begin() + (first + batch.rows) * whole.columns);
-      batch.lengths.assign(whole.lengths.begin() + first, whole.lengths.begin() + first + batch.rows);
-      first += batch.rows, tokens += batch.rows * batch.columns;
-      const ModelInput input = to_input(batch, model.device());
-      std::vector<Tensor> x = {model.embed(input)};
-      for (std::int64_t layer = 0; layer < layers; ++layer) x.push_back(model.block_forward(layer, x.back(), input));
-      const Tensor reference = depth_log_probabilities(model, x.back(), input), probabilities = reference.exp();
-      count += static_cast<double>(reference.size(0));
-      for (std::int64_t gone = 0; gone < layers; ++gone) {
-        check_interrupted();
-        Tensor h = x[static_cast<std::size_t>(gone)];
-        for (std::int64_t layer = gone + 1; layer < layers; ++layer) h = model.block_forward(layer, h, input);
-        sums[static_cast<std::size_t>(gone)] += (probabilities * (reference - depth_log_probabilities(model, h, input))).sum(at::kDouble).item<double>();
-      }
+  const std::vector<TokenBatch> few = depth_first_rows(batches);
+  Progress progress("divergence without each layer", static_cast<std::int64_t>(few.size()) * layers, "layer");
+  std::int64_t done = 0;
+  for (const TokenBatch& batch : few) {
+    const ModelInput input = to_input(batch, model.device());
+    std::vector<Tensor> x = {model.embed(input)};
+    for (std::int64_t layer = 0; layer < layers; ++layer) x.push_back(model.block_forward(layer, x.back(), input));
+    const Tensor reference = depth_log_probabilities(model, x.back(), input), probabilities = reference.exp();
+    count += static_cast<double>(reference.size(0));
+    for (std::int64_t gone = 0; gone < layers; ++gone) {
+      check_interrupted();
+      Tensor h = x[static_cast<std::size_t>(gone)];
+      for (std::int64_t layer = gone + 1; layer < layers; ++layer) h = model.block_forward(layer, h, input);
+      sums[static_cast<std::size_t>(gone)] += (probabilities * (reference - depth_log_probabilities(model, h, input))).sum(at::kDouble).item<double>();
+      progress.update(++done);
     }
   }
+  progress.finish();
   if (count == 0) throw Error("layer removal needs data to measure on, and there is none").hint("give training or calibration data");
   for (double& sum : sums) sum /= count;
   return sums;

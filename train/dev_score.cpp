@@ -59,4 +59,17 @@ double dev_score(const Transformer& model, const TaskData& data) {
   return data.dev.ids.empty() ? std::numeric_limits<double>::quiet_NaN() : accuracy(model, data.dev, padding_id(data));
 }
 
+std::vector<std::vector<std::int64_t>> held_out_pieces(const std::vector<std::vector<std::int64_t>>& windows, const TeacherSource& teacher, std::int64_t length) {
+  std::vector<std::vector<std::int64_t>> out;
+  for (const std::vector<std::int64_t>& window : windows) {
+    const auto size = static_cast<std::int64_t>(window.size());
+    if (teacher.takes(size) || !teacher.takes(length) || size < length) {
+      out.push_back(window);
+      continue;
+    }
+    for (std::int64_t at = 0; at + length <= size; at += length) out.emplace_back(window.begin() + at, window.begin() + at + length);
+  }
+  return out;
+}
+
 }  // namespace kompakt

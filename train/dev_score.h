@@ -6,6 +6,7 @@
 
 #include "model/transformer.h"
 #include "train/context.h"
+#include "train/teacher.h"
 
 namespace kompakt {
 
@@ -17,5 +18,9 @@ double accuracy(const Transformer& model, const TokenizedExamples& examples, std
 
 // Mean negative log likelihood in nats per predicted token. Windows may differ in length.
 double mean_loss(const Transformer& model, const std::vector<std::vector<std::int64_t>>& windows, std::int64_t batch_size = 4);
+
+// Windows that `teacher` can be asked for: those that are too long for a cache of rows of `length` tokens are cut into such rows, and what
+// is left of a window goes.
+std::vector<std::vector<std::int64_t>> held_out_pieces(const std::vector<std::vector<std::int64_t>>& windows, const TeacherSource& teacher, std::int64_t length);
 
 }  // namespace kompakt

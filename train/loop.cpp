@@ -107,7 +107,7 @@ class TrainingRun {
     EmaWeights ema(weights(), options_.ema);
     ema_ = &ema;
     const Json saved = restore();
-    Telemetry telemetry(context_.title, steps_, saved.is_null() ? Json() : saved.at("telemetry"));
+    Telemetry telemetry(context_.title, steps_, saved.is_null() ? Json() : saved.at("telemetry"), context_.device);
     telemetry_ = &telemetry;
     if (!saved.is_null() && step_ == steps_)  // killed behind its last step: what constraints know beside the weights comes back
       for (const auto& constraint : constraints_) constraint->before_forward(model_, steps_ - 1, steps_);
@@ -292,12 +292,13 @@ class TrainingRun {
     const at::NoGradGuard no_grad;
     if (classification_ || !needs_teacher_) return plain_score();
     double total = 0, count = 0;
-    for (std::size_t i = 0; i < data_.heldout.size(); ++i) {
+    std::int64_t number = 0;
+    for (const std::vector<std::int64_t>& piece : held_out_pieces(data_.heldout, *context_.teacher, options_.sequence_length)) {
       TokenBatch batch;
-      batch.ids = data_.heldout[i];
-      batch.rows = 1, batch.columns = static_cast<std::int64_t>(batch.ids.size());
+      batch.ids = piece;
+      batch.rows = 1, batch.columns = static_cast<std::int64_t>(piece.size());
       batch.lengths = {batch.columns};
-      batch.examples = {-1 - static_cast<std::int64_t>(i)};  // no row of the training text
+      batch.examples = {-1 - number++};  // no row of the training text
       if (batch.columns < 2) continue;
       if (!context_.teacher->takes(batch.columns)) return plain_score();
       std::vector<LossPart> parts;

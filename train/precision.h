@@ -2,6 +2,7 @@
 #pragma once
 
 #include <c10/core/Device.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <string>
 #include <vector>
@@ -26,6 +27,11 @@ class AutocastGuard {
  private:
   c10::DeviceType type_;
   bool active_, before_ = false;
+};
+
+// Autocast off while it lives, inside a passage that runs under it: losses that need float32 sums and products.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
 
 }  // namespace kompakt

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <unordered_set>
 
 #include "core/error.h"
 #include "core/files.h"
@@ -74,7 +75,7 @@ class SparseTeacher final : public TeacherSource {
  public:
   SparseTeacher(std::shared_ptr<const Transformer> teacher, const TaskData& data, std::int64_t sequence_length, const SparseCacheOptions& options, fs::path folder)
       : teacher_(std::move(teacher)), config_(teacher_->config()) {
-    const std::int64_t vocabulary = head_weights(*teacher_).weight.size(0), top = std::min(options.top, vocabulary);
+    const std::int64_t rows = head_weights(*teacher_).weight.size(0), vocabulary = options.columns > 0 ? std::min(rows, options.columns) : rows, top = std::min(options.top, vocabulary);
     if (options.top < 1 || options.tail < 0 || options.tail % 2 != 0) throw std::logic_error("sparse_teacher: top must be positive, tail even");
     layout_ = {sequence_length, top, top == vocabulary ? 0 : options.tail, vocabulary};
     identity_ = {{"format", "kompakt teacher cache 1"}, {"teacher", kompakt::fingerprint(*teacher_)}, {"data", data.hash}, {"tokenizer", data.tokenizer ? data.tokenizer->fingerprint() : std::string()},
@@ -156,7 +157,7 @@ class SparseTeacher final : public TeacherSource {
     std::vector<fs::path> files;
     for (const auto& entry : fs::directory_iterator(folder_)) {
       const std::string name = entry.path().filename().string();
-      if (starts_with(name, "part-") && entry.path().extension() == ".h5" && std::find(parts_.begin(), parts_.end(), entry.path()) == parts_.end()) files.push_back(entry.path());
+      if (starts_with(name, "part-") && entry.path().extension() == ".h5" && !names_.count(name)) files.push_back(entry.path());
     }
     std::sort(files.begin(), files.end());
     for (const fs::path& path : files) {
@@ -170,6 +171,7 @@ class SparseTeacher final : public TeacherSource {
       bool good = texts.size() == rows.size() && offsets.size() == rows.size() + 1 && offsets.front() == 0 && offsets.back() == file.rows("bytes") && std::is_sorted(offsets.begin(), offsets.end());
       if (!good) throw Error("the offsets of the teacher's cache do not fit its bytes").at(place).hint("delete the file: its rows will be computed again");
       parts_.push_back(path);
+      names_.insert(path.filename().string());
       for (std::size_t i = 0; i < rows.size(); ++i) places_.try_emplace(rows[i], Place{parts_.size() - 1, offsets[i], offsets[i + 1], texts[i]});
     }
   }
@@ -182,12 +184,13 @@ class SparseTeacher final : public TeacherSource {
     at::Tensor hidden = teacher_->hidden(to_input(sparse_single_row(batch, r), teacher_->device()));
     if (teacher_->lm_head.input_transform) hidden = teacher_->lm_head.input_transform(hidden);
     const HeadWeights head = head_weights(*teacher_);
+    const at::Tensor weight = head.weight.narrow(0, 0, layout_.vocabulary), bias = head.bias.defined() ? head.bias.narrow(0, 0, layout_.vocabulary) : at::Tensor();
     const CounterRandom random(0, "teacher-cache");
     SparseRow row;
     const std::int64_t chunk = std::max<std::int64_t>(1, sparse_chunk_elements / layout_.vocabulary);
     for (std::int64_t begin = 0; begin < layout_.tokens; begin += chunk) {
       const std::int64_t size = std::min(chunk, layout_.tokens - begin);
-      const at::Tensor logits = at::linear(hidden[0].narrow(0, begin, size), head.weight, head.bias.defined() ? std::optional<at::Tensor>(head.bias) : std::nullopt);
+      const at::Tensor logits = at::linear(hidden[0].narrow(0, begin, size), weight, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt);
       append(row, at::log_softmax(logits.to(at::kFloat), -1), random, number * layout_.tokens + begin);
     }
     Pending entry{encode_sparse_row(row, layout_), sparse_text_hash(batch, r)};
@@ -282,6 +285,7 @@ class SparseTeacher final : public TeacherSource {
   std::string fingerprint_;
   fs::path folder_;
   std::vector<fs::path> parts_;
+  std::unordered_set<std::string> names_;   // of parts_
   std::map<std::int64_t, Place> places_;    // row -> where its bytes lie
   std::map<std::int64_t, Pending> pending_;  // computed, not yet in a file
 };

@@ -6,6 +6,7 @@
 
 #include "core/system.h"
 #include "core/text.h"
+#include "model/device_memory.h"
 
 namespace kompakt {
 namespace {
@@ -23,8 +24,8 @@ double telemetry_since(std::chrono::steady_clock::time_point start) { return std
 
 }  // namespace
 
-Telemetry::Telemetry(std::string title, std::int64_t steps, const Json& saved)
-    : title_(title), steps_(steps), curve_every_((steps + curve_points - 1) / curve_points), event_every_(std::min(event_steps, curve_every_)),
+Telemetry::Telemetry(std::string title, std::int64_t steps, const Json& saved, c10::Device device)
+    : title_(title), device_(device), steps_(steps), curve_every_((steps + curve_points - 1) / curve_points), event_every_(std::min(event_steps, curve_every_)),
       start_(std::chrono::steady_clock::now()), event_start_(start_), progress_(title, steps) {
   if (saved.is_null()) return;
   loss_curve_ = saved.at("loss_curve");
@@ -54,8 +55,10 @@ void Telemetry::step(const StepRecord& record) {
   }
   if (record.step % event_every_ == 0 || record.step == steps_) {
     const double seconds = std::max(1e-9, telemetry_since(event_start_));
-    log_metric("step", {{"stage", title_}, {"step", record.step}, {"loss", record.loss}, {"parts", telemetry_parts(record.parts)}, {"gradient_norm", record.gradient_norm},
-                        {"learning_rate", record.learning_rate}, {"tokens_per_second", static_cast<double>(event_tokens_) / seconds}, {"memory_bytes", current_memory_bytes()}});
+    Json event{{"stage", title_}, {"step", record.step}, {"loss", record.loss}, {"parts", telemetry_parts(record.parts)}, {"gradient_norm", record.gradient_norm},
+                        {"learning_rate", record.learning_rate}, {"tokens_per_second", static_cast<double>(event_tokens_) / seconds}, {"memory_bytes", current_memory_bytes()}};
+    if (const auto bytes = device_memory_bytes(device_)) event["device_memory_bytes"] = *bytes;
+    log_metric("step", event);
     event_tokens_ = 0;
     event_start_ = std::chrono::steady_clock::now();
   }

@@ -1,6 +1,8 @@
 // What a running training tells: events for metrics.jsonl, the progress bar, and the curves of the report.
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include <chrono>
 #include <cstdint>
 #include <string>
@@ -24,7 +26,8 @@ struct StepRecord {
 class Telemetry {
  public:
   // `saved`: what save() gave in an earlier process, or null.
-  Telemetry(std::string title, std::int64_t steps, const Json& saved);
+  // `device`: where the training runs; its memory is logged beside the program's where it has one of its own.
+  Telemetry(std::string title, std::int64_t steps, const Json& saved, c10::Device device = c10::Device(c10::kCPU));
   void step(const StepRecord& record);
   void dev(double epoch, std::int64_t step, double score);
   void finish();
@@ -38,6 +41,7 @@ class Telemetry {
 
  private:
   std::string title_;
+  c10::Device device_;
   std::int64_t steps_, curve_every_, event_every_;
   Json loss_curve_ = Json::array(), dev_curve_ = Json::array();
   std::vector<std::pair<std::string, double>> sums_;  // since the last point of the curve: loss first, then parts

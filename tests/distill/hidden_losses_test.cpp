@@ -9,6 +9,7 @@
 #include "distill/losses.h"
 #include "tests/distill/tensors.h"
 #include "tests/support.h"
+#include "train/precision.h"
 
 using namespace kompakt;
 using kompakt::testing::contains_all;
@@ -65,6 +66,28 @@ TEST_CASE("hidden losses: by hand, equality, scale and edges") {
   CHECK(hidden_cosine(zeros, zeros + 1).item<double>() == 1);
   CHECK(hidden_mse(states.to(at::kFloat), states.to(at::kBFloat16)).scalar_type() == at::kFloat);
   CHECK(contains_all(error_text([&] { hidden_mse(states, random_tensor({2, 3, 5}, 2)); }), {"different widths", "4", "5"}));
+}
+
+TEST_CASE("under bf16 autocast the losses of hidden states, relations and embeddings stay float32, value and gradient") {
+  const at::Tensor student = random_tensor({3, 6, 8}, 1).to(at::kFloat), teacher = random_tensor({3, 6, 5}, 2).to(at::kFloat), projection = random_tensor({8, 5}, 3).to(at::kFloat);
+  const at::Tensor queries = (random_tensor({2, 4, 6, 4}, 4) * 10).to(at::kFloat), keys = (random_tensor({2, 2, 6, 8}, 5) * 10).to(at::kFloat), vectors = random_tensor({7, 16}, 6).to(at::kFloat), others = random_tensor({7, 16}, 7).to(at::kFloat);
+  const auto check = [](const char* name, const auto& loss, const at::Tensor& x) {
+    INFO(name);
+    const auto [value, gradient] = gradient_of(loss, x);
+    // As the loop does it: the loss under autocast, its gradient behind it.
+    const auto [value_under, gradient_under] = gradient_of([&](const at::Tensor& leaf) {
+      const AutocastGuard autocast(c10::Device(c10::kCPU), true);
+      REQUIRE(at::mm(at::ones({2, 2}), at::ones({2, 2})).scalar_type() == at::kBFloat16);
+      return at::Tensor(loss(leaf));
+    }, x);
+    CHECK(value_under == value);
+    CHECK(at::equal(gradient_under, gradient));
+  };
+  check("mse", [&](const at::Tensor& x) { return hidden_mse(x, teacher, {}, projection); }, student);
+  check("cosine", [&](const at::Tensor& x) { return hidden_cosine(x, teacher, {}, projection); }, student);
+  check("relation", [&](const at::Tensor& x) { return relation_loss(x, keys, {}, {}); }, queries);
+  check("contrastive", [&](const at::Tensor& x) { return embedding_contrastive(x, others, 0.05); }, vectors);
+  check("similarity", [&](const at::Tensor& x) { return embedding_similarity(x, others, 0.05); }, vectors);
 }
 
 TEST_CASE("projections: least squares recovers an exact map, the orthogonal start is orthogonal") {

@@ -301,6 +301,46 @@ TEST_CASE("distill: the student comes nearer to its teacher, on classes and on t
   }
 }
 
+TEST_CASE("the divergence is logged beside objectives that look at other values of the teacher, and changes nothing") {
+  for (const bool text : {false, true}) {
+    INFO((text ? "text" : "classes"));
+    const std::shared_ptr<Transformer> teacher = text ? tiny_decoder(3) : tiny_encoder(3);
+    const TaskData data = text ? tiny_text() : tiny_classification(32);
+    const auto source = live_teacher(teacher);
+    const auto run = [&](const char* objective, Json& details, bool monitored = true) {
+      DistillOptions options;
+      options.student.keep_layers = {0, 2};
+      options.objective = parse_yaml(objective, "test");
+      options.train.steps = 5, options.train.batch_size = 4, options.train.sequence_length = 16, options.train.precision = "float32", options.train.dropout = 0;
+      StageContext context;
+      context.title = "01-distill", context.work = scratch(text ? "text" : "classes"), context.seed = 5, context.data = &data, context.teacher = source.get(), context.details = &details;
+      auto student = make_student(*teacher, options.student);
+      if (monitored) distill(*student, options, context);
+      else train(*student, options.train, objectives_of(objective, student_layer_map(options.student, teacher->config().layers), objective_shapes(*student, teacher->config(), 5)), {}, context);
+      std::filesystem::remove_all(context.work);
+      return student;
+    };
+    Json alone = Json::object(), beside = Json::object(), without = Json::object();
+    const auto a = run("[{relation: minilm}]", alone), b = run("[{relation: minilm}]", without, false);
+    run("[{relation: minilm}, {logits: forward_kl}]", beside);
+    const Json& parts = alone.at("loss_curve").front().at("parts");
+    CHECK(parts.at("teacher_forward_kl").get<double>() > 0);
+    CHECK(parts.at("teacher_reverse_kl").get<double>() > 0);
+    CHECK_FALSE(parts.contains("forward_kl"));
+    CHECK_FALSE(without.at("loss_curve").front().at("parts").contains("teacher_forward_kl"));
+    // The first step's is what a logit loss measures there; the weights are those of a training without it.
+    CHECK(parts.at("teacher_forward_kl").get<double>() == Approx(beside.at("loss_curve").front().at("parts").at("forward_kl").get<double>()).epsilon(1e-6));
+    for (std::size_t i = 0; i < a->parameters().size(); ++i) CHECK(at::equal(*a->parameters()[i].value, *b->parameters()[i].value));
+  }
+}
+
+TEST_CASE("relation heads that do not divide are a mistake of the list") {
+  const auto teacher = tiny_decoder(3);
+  Problems problems;
+  build_objectives(parse_yaml("[{relation: minilm, heads: 5}]", "test"), {0, 1, 2}, problems, objective_shapes(*teacher, teacher->config(), 0));
+  CHECK(contains_all(error_text([&] { problems.throw_if_any("mistakes"); }), {"relation heads", "5", "nearest"}));
+}
+
 TEST_CASE("distill refuses what it would have to ignore") {
   const std::shared_ptr<Transformer> teacher = tiny_encoder(3);
   const TaskData data = tiny_classification(8);

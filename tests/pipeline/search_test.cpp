@@ -154,6 +154,31 @@ TEST_CASE("measurements are kept, and a second search gives the same choice from
   }
 }
 
+TEST_CASE("sensitivities of a search foresee the error feedback of its method", "[search]") {
+  SearchRun r(testing::tiny_decoder(3, true, 2));
+  const TemporaryFolder folder;
+  std::map<std::string, std::map<std::string, double>> found[2];
+  for (const int feedback : {0, 1}) {
+    SearchOptions options = search_test_options(7500);
+    options.method = feedback ? "gptq" : "rtn";
+    CHECK(search_feeds_back(options) == (feedback == 1));
+    BudgetSearch search(*r.model, options, {}, [](const Transformer& shapes, bool) { return search_test_target(shapes); }, r.context);
+    const auto file = folder.path() / (options.method + ".json");
+    search.measure(file);
+    const Json json = read_json(file);
+    found[feedback] = json.at("sensitivities").get<std::map<std::string, std::map<std::string, double>>>();
+  }
+  REQUIRE(found[0].size() == found[1].size());
+  std::size_t lower = 0;
+  for (const auto& [name, formats] : found[0])
+    for (const auto& [format, value] : formats) {
+      CAPTURE(name, format);
+      CHECK(found[1].at(name).at(format) <= value * (1 + 1e-9));
+      lower += found[1].at(name).at(format) < 0.99 * value;
+    }
+  CHECK(lower > 0);
+}
+
 TEST_CASE("a cut vocabulary costs what the removed pieces had, and nothing more", "[search]") {
   const at::NoGradGuard no_grad;
   SearchRun r(testing::tiny_decoder(3, true, 2));

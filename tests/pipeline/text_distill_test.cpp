@@ -75,6 +75,49 @@ TEST_CASE("runs of text: a student with another tokenizer, a student that writes
   CHECK(contains_all(read_text(path("f") / "metrics.jsonl"), {"\"teacher\"", "cross_entropy"}));
 }
 
+TEST_CASE("a student that starts from random weights; mistakes that only the shapes tell are found by plan") {
+  const TemporaryFolder folder;
+  const auto path = [&](const char* name) { return folder.path() / name; };
+  write_text_model(path("teacher"), *word_tokenizer(), 3, 1);
+  std::string train, test;
+  for (int i = 0; i < 12; ++i) train += "the cat sat on the mat and saw the other cat " + std::to_string(i) + "\n", test += "a cat that sat there saw the hat " + std::to_string(i * 7) + "\n";
+  write_text(path("train.txt"), train);
+  write_text(path("test.txt"), test);
+  Json shape = read_json(path("teacher") / "config.json");
+  shape["num_hidden_layers"] = 2, shape["hidden_size"] = 24, shape["intermediate_size"] = 40, shape["num_attention_heads"] = 3, shape["head_dim"] = 8;
+  write_text(path("small.json"), shape.dump());
+  const std::string steps = "steps: 3, batch_size: 2, sequence_length: 24, precision: float32";
+  const auto recipe = [&](const std::string& distill) {
+    write_text(path("recipe.yaml"), text_recipe(distill));
+    return read_recipe(path("recipe.yaml"));
+  };
+  const std::string random = "{student: {config: small.json}, objective: [{logits: forward_kl}, {hidden: mse}], " + steps + "}";
+  const RunOutcome first = run_recipe(recipe(random), {.out = path("a")});
+  CHECK(first.code == ExitCode::ok);
+  const auto student = load_model(path("a") / "01-distill");
+  CHECK(student->config().hidden == 24);
+  CHECK(student->config().layers == 2);
+  CHECK(read_json(path("a") / "manifest.json").at("stages").at(0).at("layer_map") == Json({0, 2}));
+  CHECK(load_tokenizer(path("a") / "01-distill")->fingerprint() == word_tokenizer()->fingerprint());
+  CHECK(run_recipe(recipe(random), {.out = path("a")}).did_nothing);
+  shape["intermediate_size"] = 48;  // another shape under the same name: the stage is another
+  write_text(path("small.json"), shape.dump());
+  CHECK_FALSE(run_recipe(recipe(random), {.out = path("b")}).did_nothing);
+  CHECK(load_model(path("b") / "01-distill")->config().ffn == 48);
+
+  const auto planned = [&](const std::string& distill) { return error_text([&] {
+      const Recipe read = recipe(distill);
+      predict_stages(read, load_data(read));
+    }); };
+  CHECK(contains_all(planned("{student: {config: none.json}, " + steps + "}"), {"no such shape", "none.json", "config.json of a decoder"}));
+  CHECK(contains_all(planned("{student: {config: small.json, keep_layers: [0]}, " + steps + "}"), {"student.config", "keep one"}));
+  CHECK(contains_all(planned("{student: {keep_layers: [0, 2]}, objective: [{hidden: mse, layers: [99]}], " + steps + "}"), {"no layer 99", "0 to 1"}));
+  CHECK(contains_all(planned("{student: {keep_layers: [0, 2]}, objective: [{relation: minilm, heads: 5}], " + steps + "}"), {"relation heads", "5"}));
+  shape["vocab_size"] = shape.at("vocab_size").get<int>() + 700;
+  write_text(path("small.json"), shape.dump());
+  CHECK(contains_all(planned(random), {"do not share a vocabulary"}));
+}
+
 TEST_CASE("runs of text go on from an earlier one: perplexity of the text before and after, in pairs", "[continual]") {
   const TemporaryFolder folder;
   const auto path = [&](const char* name) { return folder.path() / name; };

@@ -9,6 +9,7 @@
 #include "formats/zstd.h"
 #include "tests/support.h"
 #include "tests/train/fixtures.h"
+#include "train/dev_score.h"
 #include "train/sparse_codec.h"
 #include "train/step_batches.h"
 #include "train/teacher.h"
@@ -169,6 +170,49 @@ TEST_CASE("the cache gives the live teacher's likeliest tokens, the rest and dra
   const TeacherTargets c = cached->targets(again);
   CHECK(at::equal(c.sparse.log_p, a.sparse.log_p));
   CHECK(at::equal(c.sparse.draws, a.sparse.draws));
+}
+
+TEST_CASE("a cache for a student with fewer rows knows nothing of the teacher's other tokens") {
+  const TaskData data = tiny_text();
+  const TemporaryFolder folder;
+  const auto model = cache_decoder();
+  const auto cached = sparse_teacher(model, data, 16, {.top = 6, .tail = 4, .columns = 41}, folder.path()), whole = sparse_teacher(model, data, 16, {.top = 6, .tail = 4}, folder.path());
+  const auto live = live_teacher(model);
+  for (TeacherSource* source : {cached.get(), whole.get(), live.get()}) source->prepare({});
+  TrainOptions options = tiny_options();
+  options.batch_size = 3, options.sequence_length = 16;
+  const at::NoGradGuard no_grad;
+  const TokenBatch batch = StepBatches(data, options, 1).micro_batches(0).at(0);
+  const TeacherTargets a = cached->targets(batch), b = live->targets(batch);
+  const auto [best, ids] = at::log_softmax(at::matmul(b.hidden, b.head_weight.narrow(0, 0, 41).t()), -1).topk(6, -1);
+  CHECK(a.sparse.vocabulary == 41);
+  CHECK(at::equal(a.sparse.ids, ids));
+  CHECK(at::allclose(a.sparse.log_p, best, 0, 0.05));
+  CHECK(a.sparse.draws.max().item<std::int64_t>() < 41);
+  // Another cache than that of all tokens, in a folder of its own.
+  const TeacherTargets c = whole->targets(batch);
+  CHECK(c.sparse.ids.max().item<std::int64_t>() >= 41);
+  CHECK(cached->fingerprint() != whole->fingerprint());
+}
+
+TEST_CASE("held-out windows under a cache are cut to its rows") {
+  const TaskData data = tiny_text();
+  const TemporaryFolder folder;
+  const auto model = cache_decoder();
+  const auto cached = sparse_teacher(model, data, 16, {6, 4}, folder.path());
+  const auto live = live_teacher(model);
+  const std::vector<std::int64_t> window = [] {
+    std::vector<std::int64_t> out;
+    for (std::int64_t i = 0; i < 40; ++i) out.push_back(i);
+    return out;
+  }();
+  const std::vector<std::vector<std::int64_t>> windows = {window, {1, 2, 3}, std::vector<std::int64_t>(window.begin(), window.begin() + 16)};
+  CHECK(held_out_pieces(windows, *live, 16) == windows);
+  const auto pieces = held_out_pieces(windows, *cached, 16);
+  REQUIRE(pieces.size() == 4);
+  CHECK(pieces[0] == windows[2]);
+  CHECK(pieces[1] == std::vector<std::int64_t>(window.begin() + 16, window.begin() + 32));
+  CHECK(pieces[2] == windows[1]);  // too short for a row: the loop then takes the plain loss
 }
 
 TEST_CASE("draws of the cache are unbiased: over many rows their shares are the teacher's probabilities") {
