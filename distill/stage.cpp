@@ -22,6 +22,7 @@ void fields(FieldVisitor& visitor, DistillOptions& options) {
   visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, embedding, labels, cross_tokenizer, policy");
   visitor.section("cache", options.has_cache, "text: keep the teacher's likeliest tokens on disk instead of running it at every step", [&](FieldVisitor& inner) {
     inner.integer("top", options.cache.top, "likeliest tokens kept of every position", {.min = 1.0, .max = 4096.0});
+    inner.choice("fill", options.cache.fill, "who computes rows that are not there: teacher = this run as it meets them; elsewhere = scripts/capture_teacher.py on any machine, and the run says what it wants", {"teacher", "elsewhere"});
     inner.integer("tail", options.cache.tail, "draws from all other tokens, an even number; they make forward KL unbiased; 0 = none", {.min = 0.0, .max = 4096.0});
   });
   visitor.section("on_policy", options.has_on_policy, "text: in a share of the steps the student writes the texts and the live teacher scores them (GKD)",
@@ -63,6 +64,7 @@ void check_distill(const DistillOptions& options, bool classification, const Pla
   const auto refuse = [&](const std::string& what, const std::string& hint) { problems.add(Error(what).at(place.text()).hint(hint)); };
   const bool writes = options.has_on_policy || options.has_teacher_text;
   if (options.has_cache && options.cache.tail % 2 != 0) problems.add(Error("cache.tail must be even: each half of the draws is independent of the other").at(place.text()).given(str(options.cache.tail)).allowed(str(options.cache.tail + 1)));
+  if (options.has_cache && options.cache.fill == "elsewhere" && options.cache.tail != 0) problems.add(Error("engines that serve models give likeliest tokens and no draws from the rest").at(place.text()).given(str("cache: {fill: elsewhere, tail: ", options.cache.tail, "}")).allowed("tail: 0"));
   if (classification && options.has_cache) refuse("\"cache\" is for text: of classes the teacher's outputs are always kept", "remove the key");
   if (classification && writes) refuse("on_policy and teacher_text are for text: a classifier writes none", "remove them");
   if (classification && !options.student.model.empty()) refuse("student.model is for text", "of a classifier choose layers with student.keep_layers");

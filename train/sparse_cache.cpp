@@ -4,6 +4,8 @@
 // no half of one and a reader may come at any time. Data sets of a part: "rows" [R] i64, numbers of rows of packed text; "texts" [R]
 // u64, a hash of their tokens and document boundaries; "offsets" [R+1] i64 into "bytes" u8, one zstd frame a row (sparse_codec.h). The
 // attribute "identity" is JSON: what the key was made of. A part is named after its rows, so that equal work gives equal files.
+// `wanted.h5`, where rows come from elsewhere: "rows" and "texts" of those that are missing, "ids" and "documents" [R T] i64 of their tokens,
+// and the same attribute. scripts/capture_teacher.py reads it and writes parts.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -22,7 +24,9 @@
 #include "formats/hdf5_file.h"
 #include "model/checkpoint.h"
 #include "train/chunked_loss.h"
+#include "train/dev_score.h"
 #include "train/sparse_codec.h"
+#include "train/step_batches.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -82,6 +86,7 @@ class SparseTeacher final : public TeacherSource {
                  {"sequence_length", sequence_length}, {"top", layout_.top}, {"tail", layout_.draws}, {"vocabulary", vocabulary}};
     fingerprint_ = sha256(identity_.dump());
     folder_ = folder / ("teacher-" + fingerprint_.substr(0, 16));
+    elsewhere_ = options.fill == "elsewhere", data_ = &data;
   }
   ~SparseTeacher() override {
     try {
@@ -96,6 +101,7 @@ class SparseTeacher final : public TeacherSource {
     make_folder(folder_);
     scan();
     log_info(str("teacher cache: ", places_.size(), " rows of ", layout_.tokens, " tokens are there"));
+    if (elsewhere_) ask_elsewhere();
   }
 
   TeacherTargets targets(const TokenBatch& batch) override {
@@ -176,8 +182,45 @@ class SparseTeacher final : public TeacherSource {
     }
   }
 
+  // Writes down what is missing, of the training text and of held-out windows, and ends the run.
+  void ask_elsewhere() {
+    std::vector<std::int64_t> rows, ids, documents;
+    std::vector<std::uint64_t> texts;
+    std::size_t all = 0;
+    const auto want = [&](const TokenBatch& batch) {
+      ++all;
+      if (places_.count(batch.examples[0])) return;
+      rows.push_back(batch.examples[0]), texts.push_back(sparse_text_hash(batch, 0));
+      ids.insert(ids.end(), batch.ids.begin(), batch.ids.end());
+      if (batch.documents.empty()) documents.insert(documents.end(), batch.ids.size(), 0);
+      else documents.insert(documents.end(), batch.documents.begin(), batch.documents.end());
+    };
+    TrainOptions single;
+    single.batch_size = 1, single.sequence_length = layout_.tokens;
+    const StepBatches batches(*data_, single, 0);
+    for (std::int64_t step = 0; step < batches.steps_per_epoch(); ++step)
+      for (const TokenBatch& batch : batches.micro_batches(step)) want(batch);
+    std::int64_t number = 0;
+    for (const auto& piece : held_out_pieces(data_->heldout, *this, layout_.tokens)) {
+      const std::int64_t example = -1 - number++;
+      if (takes(static_cast<std::int64_t>(piece.size()))) want({.ids = piece, .lengths = {layout_.tokens}, .examples = {example}, .rows = 1, .columns = layout_.tokens});
+    }
+    if (rows.empty()) return;
+    const fs::path path = folder_ / "wanted.h5";
+    Hdf5File file(path, Hdf5File::Mode::create);
+    file.set_attribute("identity", identity_.dump());
+    file.write("rows", sparse_tensor("rows", DType::i64, rows));
+    file.write("texts", sparse_tensor("texts", DType::u64, texts));
+    file.write("ids", sparse_tensor("ids", DType::i64, ids));
+    file.write("documents", sparse_tensor("documents", DType::i64, documents));
+    file.close();
+    throw Error(str("the recipe says that the teacher's outputs come from elsewhere, and ", rows.size(), " of ", all, " rows are not there")).at(path.string())
+        .hint(str("python scripts/capture_teacher.py ", folder_.string(), " --model TEACHER, on a machine of your choice; bring the part-*.h5 back into this folder and run again"));
+  }
+
   // One row alone, so that its values do not depend on which others are missing.
   SparseRow compute(const TokenBatch& batch, std::int64_t r) {
+    if (elsewhere_) throw Error("the row is not in the teacher's cache, and the recipe says that rows come from elsewhere").at(described(batch.examples[static_cast<std::size_t>(r)], folder_.string())).hint("run the recipe anew: it writes down what is missing");
     const at::NoGradGuard no_grad;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const std::int64_t number = batch.examples[static_cast<std::size_t>(r)];
@@ -284,6 +327,8 @@ class SparseTeacher final : public TeacherSource {
   Json identity_;
   std::string fingerprint_;
   fs::path folder_;
+  bool elsewhere_ = false;
+  const TaskData* data_ = nullptr;
   std::vector<fs::path> parts_;
   std::unordered_set<std::string> names_;   // of parts_
   std::map<std::int64_t, Place> places_;    // row -> where its bytes lie

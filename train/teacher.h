@@ -20,6 +20,7 @@ std::unique_ptr<TeacherSource> cached_teacher(std::shared_ptr<const Transformer>
 struct SparseCacheOptions {
   std::int64_t top = 64;   // likeliest tokens, exact to the step of their code
   std::int64_t tail = 32;  // draws from the rest, an even number; 0 = none
+  std::string fill = "teacher";  // who computes rows that are missing: teacher, or elsewhere (scripts/capture_teacher.py): then they are an Error
   std::int64_t columns = 0;  // of the teacher's logits, those in front: a student with fewer rows knows no others; 0 = all
 };
 

@@ -11,12 +11,16 @@
 #include <thread>
 #include <vector>
 
+#include "core/files.h"
 #include "core/json.h"
 #include "core/random.h"
 #include "core/text.h"
 #include "distributed/collective.h"
+#include "model/checkpoint.h"
+#include "tests/distill/tokenizers.h"
 #include "tests/pipeline/tiny.h"
 #include "tests/support.h"
+#include "tests/tiny_models.h"
 #include "tests/train/ranks.h"
 
 using namespace kompakt;
@@ -138,6 +142,40 @@ TEST_CASE("one, two and four processes have the same losses; two have the same b
   CHECK(folder_bytes(tiny.out("two") / "artifact") == folder_bytes(tiny.out("again") / "artifact"));
   CHECK(read_json(tiny.out("two") / "manifest.json").at("stages")[0].at("details").at("ranks") == 2);
   CHECK(!fs::exists(tiny.out("two") / "work"));
+}
+
+TEST_CASE("text under a cache that all ranks fill: the losses of one process, and of a job that was killed", "[ranks]") {
+  if (!collectives_available()) return skip("built without Gloo");
+  TinySetting tiny;
+  const auto tokenizer = word_tokenizer();
+  const Json shape = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_size", 16}, {"num_hidden_layers", 3}, {"num_attention_heads", 2}, {"num_key_value_heads", 1},
+                      {"intermediate_size", 24}, {"vocab_size", tokenizer->vocab_size()}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"hidden_act", "silu"}, {"tie_word_embeddings", true}};
+  Transformer teacher(config_from_json(shape, "tiny"), 1);
+  stir(teacher, 1);
+  make_folder(tiny.folder() / "decoder");
+  save_model(teacher, tiny.folder() / "decoder");
+  tokenizer->save(tiny.folder() / "decoder");
+  std::string text;
+  for (int i = 0; i < 80; ++i) text += "the cat sat on the mat and saw the other cat " + str(i) + "\n";
+  write_text(tiny.folder() / "text.txt", text);
+  write_text(tiny.recipe(), "name: text\nseed: 5\nteacher: {path: decoder}\ndata:\n  train: {files: [text.txt], format: text, split: line}\n  test: {files: [text.txt], format: text, max_length: 16, tokens: 64}\n"
+                            "stages:\n  - distill: {student: {keep_layers: [0, 2]}, cache: {top: 8, tail: 4}, epochs: 3, batch_size: 2, accumulate: 4, sequence_length: 16, learning_rate: 1.0e-3, precision: float32, save_every_steps: 3}\n"
+                            "  - evaluate: {latency: false}\n");
+  for (const auto& [name, world] : {std::pair{"one", 1}, {"two", 2}, {"four", 4}}) REQUIRE(all_well(job(tiny, name, world)));
+  const std::vector<double> one = losses(tiny, "one");
+  REQUIRE(one.size() > 8);
+  for (const char* name : {"two", "four"}) {
+    const std::vector<double> other = losses(tiny, name);
+    REQUIRE(other.size() == one.size());
+    for (std::size_t i = 0; i < one.size(); ++i) CHECK(other[i] == Approx(one[i]).margin(1e-5).epsilon(0));
+  }
+  // Every rank wrote its own rows, in files of its own.
+  std::size_t parts = 0;
+  for (const auto& entry : fs::recursive_directory_iterator(tiny.folder() / "stages-four")) parts += starts_with(entry.path().filename().string(), "part-");
+  CHECK(parts >= 4);
+  job(tiny, "killed", 2, 1);
+  REQUIRE(all_well(job(tiny, "killed", 2)));
+  CHECK(folder_bytes(tiny.out("killed") / "01-distill") == folder_bytes(tiny.out("two") / "01-distill"));
 }
 
 TEST_CASE("a killed rank is named, and the job goes on from its saved state on two ranks or on one", "[ranks]") {

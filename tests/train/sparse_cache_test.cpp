@@ -4,8 +4,13 @@
 
 #include "tests/catch_torch.h"
 
+#include <algorithm>
+#include <cstring>
 #include <fstream>
 
+#include "core/files.h"
+#include "core/json.h"
+#include "formats/hdf5_file.h"
 #include "formats/zstd.h"
 #include "tests/support.h"
 #include "tests/train/fixtures.h"
@@ -193,6 +198,67 @@ TEST_CASE("a cache for a student with fewer rows knows nothing of the teacher's 
   const TeacherTargets c = whole->targets(batch);
   CHECK(c.sparse.ids.max().item<std::int64_t>() >= 41);
   CHECK(cached->fingerprint() != whole->fingerprint());
+}
+
+TEST_CASE("rows written by scripts/capture_teacher.py are read") {
+  for (const Json& item : read_json(source_folder() / "tests/goldens/capture.json")) {
+    const SparseLayout layout{item.at("tokens").get<std::int64_t>(), item.at("top").get<std::int64_t>(), 0, item.at("vocabulary").get<std::int64_t>()};
+    CAPTURE(layout.vocabulary);
+    const std::string hex = item.at("bytes").get<std::string>();
+    std::vector<std::byte> bytes;
+    for (std::size_t i = 0; i < hex.size(); i += 2) bytes.push_back(static_cast<std::byte>(std::stoi(hex.substr(i, 2), nullptr, 16)));
+    const SparseRow written{item.at("ids").get<std::vector<std::int64_t>>(), {}, item.at("log_p").get<std::vector<float>>(), item.at("log_rest").get<std::vector<float>>(), {}};
+    const bool same = zstd_compress(bytes) == encode_sparse_row(written, layout);  // byte for byte what is written here
+    CHECK(same);
+    CHECK(decode_sparse_row(zstd_compress(bytes), layout, "golden").ids == written.ids);
+  }
+}
+
+TEST_CASE("rows that come from elsewhere: the run says what it wants, and takes what it gets") {
+  TaskData data = tiny_text();
+  std::vector<std::int64_t> window;
+  for (std::int64_t i = 0; i < 40; ++i) window.push_back(i);
+  data.heldout = {window};
+  const TemporaryFolder folder;
+  const auto model = cache_decoder();
+  const SparseCacheOptions options{.top = 6, .tail = 0, .fill = "elsewhere"};
+  const auto source = [&] { return sparse_teacher(model, data, 16, options, folder.path()); };
+  const auto first = source();
+  CHECK(contains_all(error_text([&] { first->prepare({}); }), {"from elsewhere", "wanted.h5", "capture_teacher.py"}));
+  const std::filesystem::path place = std::filesystem::directory_iterator(folder.path())->path();
+  std::vector<std::int64_t> rows, ids;
+  {
+    const Hdf5File file(place / "wanted.h5", Hdf5File::Mode::read);
+    const auto numbers = [&](const char* name) {
+      const TensorData tensor = file.read(name);
+      std::vector<std::int64_t> out(tensor.bytes.size() / sizeof(std::int64_t));
+      std::memcpy(out.data(), tensor.bytes.data(), tensor.bytes.size());
+      return out;
+    };
+    rows = numbers("rows"), ids = numbers("ids");
+    CHECK(numbers("documents").size() == ids.size());
+    CHECK(parse_json(file.attribute("identity"), "wanted").at("top") == 6);
+  }
+  CHECK(ids.size() == rows.size() * 16);
+  CHECK(std::count_if(rows.begin(), rows.end(), [](std::int64_t row) { return row < 0; }) == 2);  // held out
+  TrainOptions train = tiny_options();
+  train.batch_size = 1, train.sequence_length = 16;
+  const StepBatches batches(data, train, 1);
+  CHECK(contains_all(error_text([&] { first->targets(batches.micro_batches(0).at(0)); }), {"not in the teacher's cache", "elsewhere"}));
+  // The same rows by another way fill the same folder.
+  {
+    SparseCacheOptions here = options;
+    here.fill = "teacher";
+    const auto filler = sparse_teacher(model, data, 16, here, folder.path());
+    filler->prepare({});
+    CHECK(filler->fingerprint() == first->fingerprint());
+    for (std::int64_t step = 0; step < batches.steps_per_epoch(); ++step) filler->targets(batches.micro_batches(step).at(0));
+  }
+  CHECK(contains_all(error_text([&] { source()->prepare({}); }), {"2 of", "wanted.h5"}));
+  data.heldout.clear();
+  const auto last = source();
+  CHECK_NOTHROW(last->prepare({}));
+  CHECK(last->targets(batches.micro_batches(0).at(0)).sparse.ids.size(-1) == 6);
 }
 
 TEST_CASE("held-out windows under a cache are cut to its rows") {
