@@ -19,8 +19,9 @@ StepBatches::StepBatches(const TaskData& data, const TrainOptions& options, std:
     examples_ = std::make_unique<ClassificationBatches>(data.train, options.batch_size, options.bucket_batches, seed, padding_id(data));
     batches_per_epoch_ = examples_->batches_per_epoch();
   } else {
-    const std::int64_t end = data.tokenizer ? data.tokenizer->special().eos : -1;
-    text_ = std::make_unique<TextBatches>(data.train_documents, options.sequence_length, options.batch_size, std::max<std::int64_t>(0, end), data.train_documents.size() > 1, seed);
+    // A tokenizer without an end token puts nothing between documents: their numbers keep them apart.
+    const std::int64_t end = data.tokenizer ? data.tokenizer->special().eos : 0;
+    text_ = std::make_unique<TextBatches>(data.train_documents, options.sequence_length, options.batch_size, end, data.train_documents.size() > 1, seed);
     batches_per_epoch_ = text_->batches_per_epoch();
   }
   steps_per_epoch_ = (batches_per_epoch_ + accumulate_ - 1) / accumulate_;

@@ -12,6 +12,7 @@
 #include "core/json.h"
 #include "formats/hdf5_file.h"
 #include "formats/zstd.h"
+#include "tests/distill/tokenizers.h"
 #include "tests/support.h"
 #include "tests/train/fixtures.h"
 #include "train/dev_score.h"
@@ -198,6 +199,33 @@ TEST_CASE("a cache for a student with fewer rows knows nothing of the teacher's 
   const TeacherTargets c = whole->targets(batch);
   CHECK(c.sparse.ids.max().item<std::int64_t>() >= 41);
   CHECK(cached->fingerprint() != whole->fingerprint());
+}
+
+TEST_CASE("a tokenizer without an end token puts none between documents, and none is learned") {
+  TaskData data;
+  data.kind = TaskData::Kind::text;
+  data.train_documents = {{5, 6, 7}, {8, 9}, {10, 11, 12}};
+  const auto rows = [&] {
+    TrainOptions options = tiny_options();
+    options.batch_size = 1, options.sequence_length = 4;
+    const StepBatches batches(data, options, 1);
+    std::map<std::int64_t, std::vector<std::int64_t>> out;
+    for (std::int64_t step = 0; step < batches.steps_per_epoch(); ++step)
+      for (const TokenBatch& batch : batches.micro_batches(step)) out[batch.examples[0]] = batch.ids;
+    return out;
+  };
+  const TemporaryFolder folder;
+  word_tokenizer()->save(folder.path());
+  Json json = read_json(folder.path() / "tokenizer.json");
+  json["added_tokens"] = Json::array();
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::directory_iterator(folder.path())) files.push_back(entry.path());
+  for (const auto& file : files) std::filesystem::remove(file);
+  write_text(folder.path() / "tokenizer.json", json.dump());
+  const auto endless = load_tokenizer(folder.path());
+  REQUIRE(endless->special().eos < 0);
+  data.tokenizer = endless.get();
+  CHECK(rows() == std::map<std::int64_t, std::vector<std::int64_t>>{{0, {5, 6, 7, 8}}, {1, {9, 10, 11, 12}}});
 }
 
 TEST_CASE("rows written by scripts/capture_teacher.py are read") {
