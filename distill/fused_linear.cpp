@@ -4,7 +4,6 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 
 #include "distill/kl_rows.h"
 #include "model/products.h"
+#include "train/precision.h"
 
 namespace kompakt {
 namespace {
@@ -51,7 +51,7 @@ Tensor fused_product(const Tensor& x, const Tensor& w, at::ScalarType sums, Tens
 struct FusedFunction : torch::autograd::Function<FusedFunction> {
   static variable_list forward(torch::autograd::AutogradContext* context, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedCall* call) {
     const at::ScalarType type = fused_product_type(hidden);
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast float32;
     const at::ScalarType sums = type == at::kDouble ? at::kDouble : at::kFloat;
     const bool to_hidden = hidden.requires_grad(), to_weight = weight.requires_grad(), to_bias = call->has_bias && bias.requires_grad();
     const bool gradient = to_hidden || to_weight || to_bias;

@@ -138,11 +138,12 @@ struct RelationOptions {
   bool normalize = false;           // rows of unit length, no 1/sqrt(d) (BitDistill); false: scaled dot products (MiniLMv2)
   double temperature = 1;           // of the softmax over keys
 };
+// Error with the nearest divisors when queries, keys or values of `width` numbers cannot be split into so many heads.
+void check_relation_heads(std::int64_t width, std::int64_t heads, const char* whose);
+
 // MiniLMv2: KL between softmax(X X' / sqrt(d_r)) of teacher and student, averaged over relation heads and valid rows.
 // student [B,H_s,T,hd_s], teacher [B,H_t,T,hd_t]; lengths [B] (undefined = no padding), documents [B,T] (undefined = one a row).
 // Padding takes no part, as row or as column; packed documents see only themselves. Error when heads do not divide.
-// Error with the nearest divisors when queries, keys or values of `width` numbers cannot be split into so many heads.
-void check_relation_heads(std::int64_t width, std::int64_t heads, const char* whose);
 at::Tensor relation_loss(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& lengths, const at::Tensor& documents, const RelationOptions& options = {});
 
 }  // namespace kompakt

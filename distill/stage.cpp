@@ -46,14 +46,31 @@ Node distill_default(const DistillOptions& options, bool classifier) {
   return default_objective(classifier);
 }
 
-}  // namespace
-
-namespace {
-
 // Whether the divergence is measured on its own: the teacher runs for other values, and both models predict the same things.
 bool distill_monitored(const Node& list, const ModelConfig& student, const ModelConfig& teacher, const ObjectiveShapes& shapes) {
   const bool predicts = student.is_classifier() ? student.labels.size() == teacher.labels.size() : !student.family->encoder && !teacher.family->encoder && student.vocab == teacher.vocab;
   return predicts && !shapes.crossed && !distill_has(list, "logits") && (distill_has(list, "hidden") || distill_has(list, "relation") || distill_has(list, "embedding"));
+}
+
+ObjectiveShapes distill_shapes(const DistillOptions& options, const Node& list, const ModelConfig& student, const ModelConfig& teacher, bool classifier, std::uint64_t seed) {
+  ObjectiveShapes shapes = objective_shapes(student, teacher, seed);
+  shapes.decoder = !classifier;
+  shapes.cached = options.has_cache;
+  shapes.crossed = distill_has(list, "cross_tokenizer");
+  shapes.sampled = distill_samples(options);
+  return shapes;
+}
+
+// The objectives of the list; mistakes that only the shapes of both models tell are among the problems.
+std::vector<std::shared_ptr<Objective>> distill_objectives(const Node& list, const std::vector<std::int64_t>& map, const ObjectiveShapes& shapes, const ModelConfig& student, const ModelConfig& teacher, Problems& problems) {
+  auto objectives = build_objectives(list, map, problems, shapes);
+  if (!shapes.decoder || shapes.crossed || !distill_has(list, "logits")) return objectives;
+  try {
+    shared_logits(student.vocab, teacher.vocab);
+  } catch (const Error& error) {
+    problems.add(Error(error).at(list.place.text()));
+  }
+  return objectives;
 }
 
 }  // namespace
@@ -91,6 +108,11 @@ void check_distill(const DistillOptions& options, bool classification, const Pla
   if (!options.objective.is_null()) build_objectives(options.objective, {}, problems, shapes);
 }
 
+void check_distill_models(const DistillOptions& options, const ModelConfig& student, const ModelConfig& teacher, const std::vector<std::int64_t>& layer_map, bool classification, Problems& problems) {
+  const Node list = options.objective.is_null() ? distill_default(options, classification) : options.objective;
+  distill_objectives(list, layer_map, distill_shapes(options, list, student, teacher, classification, 0), student, teacher, problems);
+}
+
 TrainResult distill(Transformer& student, const DistillOptions& options, StageContext& context) {
   if (!context.data) throw std::logic_error("distill: no data");
   if (!context.teacher) throw Error("the stage distill needs a teacher").at(context.title).hint("name one under \"teacher:\" of the recipe");
@@ -106,12 +128,8 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
   const bool classifier = context.data->kind == TaskData::Kind::classification;
   const Node list = options.objective.is_null() ? distill_default(options, classifier) : options.objective;
   Problems problems;
-  ObjectiveShapes shapes = objective_shapes(student.config(), teacher, context.seed);
-  shapes.cached = options.has_cache;
-  shapes.crossed = crosses_tokenizers(list);
-  shapes.sampled = distill_samples(options);
-  if (!classifier && !shapes.crossed && distill_has(list, "logits")) shared_logits(student.config().vocab, teacher.vocab);
-  auto objectives = build_objectives(list, map, problems, shapes);
+  const ObjectiveShapes shapes = distill_shapes(options, list, student.config(), teacher, classifier, context.seed);
+  auto objectives = distill_objectives(list, map, shapes, student.config(), teacher, problems);
   problems.throw_if_any("the objectives of the stage distill have mistakes");
   if (distill_monitored(list, student.config(), teacher, shapes)) objectives.push_back(divergence_monitor(!classifier));
 

@@ -35,6 +35,8 @@ void fields(FieldVisitor& visitor, DistillOptions& options);
 // What the fields alone cannot say: objectives, a cache with an odd number of draws, of class labels, or with losses that need more than it
 // holds, texts written by a model of classes or under a cache.
 void check_distill(const DistillOptions& options, bool classification, const Place& place, Problems& problems);
+// What only the shapes of both models tell: layers and heads that they lack, vocabularies that do not fit.
+void check_distill_models(const DistillOptions& options, const ModelConfig& student, const ModelConfig& teacher, const std::vector<std::int64_t>& layer_map, bool classification, Problems& problems);
 
 // A copy of the chosen layers of `teacher` with its embedding, norms and head.
 std::unique_ptr<Transformer> make_student(const Transformer& teacher, const StudentOptions& options);

@@ -3,12 +3,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 
 #include "distill/fused_linear.h"
+#include "train/precision.h"
 
 namespace kompakt {
 namespace {
@@ -27,7 +27,7 @@ Tensor token_log_softmax(const Tensor& hidden, const Tensor& weight, const Tenso
 struct TokenLogProbs : torch::autograd::Function<TokenLogProbs> {
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& tokens, std::int64_t chunk) {
     const at::ScalarType type = fused_product_type(hidden);
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast float32;
     const Tensor w = weight.detach().to(type);
     std::vector<Tensor> parts;
     for (std::int64_t begin = 0; begin < hidden.size(0); begin += chunk) {
@@ -41,7 +41,7 @@ struct TokenLogProbs : torch::autograd::Function<TokenLogProbs> {
   }
   static variable_list backward(torch::autograd::AutogradContext* context, variable_list gradients) {
     const at::NoGradGuard no_grad;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast float32;
     const variable_list saved = context->get_saved_variables();
     const Tensor &hidden = saved[0], &weight = saved[1], &bias = saved[2], &tokens = saved[3], &upstream = gradients[0];
     const std::int64_t chunk = context->saved_data["chunk"].toInt();

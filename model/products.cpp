@@ -10,7 +10,6 @@
 #include <cstring>
 #include <vector>
 
-#include "model/lanes.h"
 #include "model/parallel.h"
 #include "model/pointwise.h"
 #include "model/product_tile.h"

@@ -106,10 +106,10 @@ std::string RunSession::stage_key(const RecipeStage& stage, std::size_t index) c
       if (other.row->name == "export") artifact += recipe_.name + "\n" + dump_yaml(other.options);
   if (const Node* budget = stage.options.find("budget"))
     if (const Node* table = budget->find("latency_table"); table && !table->scalar.empty()) artifact += sha256_file(recipe_.path_of(table->scalar));
-  if (const Node* student = stage.options.find("student"))
+  if (const Node* student = stage.options.find("student")) {
     if (const Node* config = student->find("config"); config && !config->scalar.empty() && fs::is_regular_file(recipe_.path_of(config->scalar))) artifact += sha256_file(recipe_.path_of(config->scalar));
-  if (const Node* student = stage.options.find("student"))
     if (const Node* model = student->find("model"); model && !model->scalar.empty()) artifact += session_teacher_hash(recipe_.path_of(model->scalar));
+  }
   std::string limits;  // how much of its files each data set gives
   for (const char* name : {"train", "heldout", "calibration", "rehearsal"})
     if (const DataSource* source = recipe_.find_data(name); source && (source->tokens > 0 || (source->max_length > 0 && std::string_view(name) != "train")))

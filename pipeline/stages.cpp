@@ -184,25 +184,6 @@ ModelConfig random_student(const StudentOptions& options, const Recipe& recipe) 
   return config;
 }
 
-// The mistakes in objectives that only the shapes of both models tell, before anything is computed.
-void check_plan_objectives(const DistillOptions& options, bool classification, const PlannedModel& model, const Place& place) {
-  const bool crossed = crosses_tokenizers(options.objective);
-  if (!options.objective.is_null()) {
-    Problems problems;
-    ObjectiveShapes shapes = objective_shapes(model.config, model.teacher, 0);
-    shapes.decoder = !classification, shapes.cached = options.has_cache, shapes.crossed = crossed, shapes.sampled = options.has_on_policy && options.on_policy.lambda > 0;
-    build_objectives(options.objective, model.layer_map, problems, shapes);
-    problems.throw_if_any("the objectives of the stage distill have mistakes");
-  }
-  const bool logits = options.objective.is_null() || std::any_of(options.objective.items.begin(), options.objective.items.end(), [](const Node& item) { return item.is_map() && item.find("logits"); });
-  if (classification || crossed || !logits) return;
-  try {
-    shared_logits(model.config.vocab, model.teacher.vocab);
-  } catch (const Error& error) {
-    throw Error(error).at(place.text());
-  }
-}
-
 // With what only the task decides, which the check of the recipe does not know.
 DistillOptions read_distill(const Node& node, bool classification) {
   const auto options = read_stage<DistillOptions>(node);
@@ -218,6 +199,7 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
   if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
   if (!options.student.config.empty()) {
     model.config = random_student(options.student, input.recipe);
+    if (input.tokenizer && !model.other_tokens) check_tokenizer_fits(*input.tokenizer, model.config, input.recipe.path_of(options.student.config).string());
     model.layer_map = other_layer_map(options.student, model.config, model.teacher);
   } else if (options.student.model.empty()) {
     model.layer_map = student_layer_map(options.student, model.teacher.layers);
@@ -239,7 +221,9 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
     const SparseLayout row{1, std::min(options.cache.top, input.teacher.vocab), options.cache.tail, input.teacher.vocab};
     model.notes.push_back(str("the teacher's cache takes at most ", row.packed_bytes(), " bytes a token"));
   }
-  check_plan_objectives(options, input.recipe.is_classification(), model, node.place);
+  Problems problems;
+  check_distill_models(options, model.config, model.teacher, model.layer_map, input.recipe.is_classification(), problems);
+  problems.throw_if_any("the objectives of the stage distill have mistakes");
   add_training(input, options.train, &options.objective, model);
   model.bytes = float_bytes(model.config);
 }

@@ -127,6 +127,7 @@ std::vector<double> removal_divergence(const Transformer& model, const std::vect
   std::vector<double> sums(static_cast<std::size_t>(layers), 0);
   double count = 0;
   const std::vector<TokenBatch> few = depth_first_rows(batches);
+  if (few.empty()) throw Error("layer removal needs data to measure on, and there is none").hint("give training or calibration data");
   Progress progress("divergence without each layer", static_cast<std::int64_t>(few.size()) * layers, "layer");
   std::int64_t done = 0;
   for (const TokenBatch& batch : few) {
@@ -144,7 +145,6 @@ std::vector<double> removal_divergence(const Transformer& model, const std::vect
     }
   }
   progress.finish();
-  if (count == 0) throw Error("layer removal needs data to measure on, and there is none").hint("give training or calibration data");
   for (double& sum : sums) sum /= count;
   return sums;
 }

@@ -154,7 +154,9 @@ class QuantizeRun {
     const CalibrationSet set = calibration_set(context_, options_.calibration_sequences);
     describe_calibration(set);
     if (const TokenWeightRow& row = *find_token_weights(options_.token_weights); row.exponent > 0) weigh_tokens(set, row);
-    SequentialCalibration calibration(model_, set, {.teacher = layer_options_.teacher_target > 0 || options_.tunes_blocks(), .cross = layer_options_.teacher_target > 0, .means = options_.bias_correction, .float64 = layer_options_.float64, .spill = options_.spill ? context_.work : std::filesystem::path()});
+    const std::vector<Linear*> linears = model_.linears();
+    const bool means = options_.bias_correction && std::any_of(linears.begin(), linears.end(), [](const Linear* linear) { return linear->bias.defined(); });
+    SequentialCalibration calibration(model_, set, {.teacher = layer_options_.teacher_target > 0 || options_.tunes_blocks(), .cross = layer_options_.teacher_target > 0, .means = means, .float64 = layer_options_.float64, .spill = options_.spill ? context_.work : std::filesystem::path()});
     round_tensors(false);
     calibration.start();
     release_pages(model_);

@@ -145,6 +145,8 @@ def main():
         pieces = [(i, begin, end) for i in chosen for begin, end in documents_of(ids[i], documents[i])]
         row_ids, row_log_p = {i: np.zeros((length, top), np.int64) for i in chosen}, {i: np.zeros((length, top), np.float32) for i in chosen}
         for (i, begin, end), (found, log_p) in zip(pieces, engine.score([ids[i][begin:end].tolist() for i, begin, end in pieces], vocabulary)):
+            if not np.isfinite(log_p).all():
+                sys.exit(f"row {rows[i]}: the engine's log-probabilities are not finite; try another --dtype")
             row_ids[i][begin:end], row_log_p[i][begin:end] = found, log_p
         frames = [compressor.compress(encode_row(row_ids[i], row_log_p[i], rest_of(row_log_p[i]), vocabulary)) for i in chosen]
         write_part(args.folder, identity, [int(rows[i]) for i in chosen], [int(texts[i]) for i in chosen], frames)

@@ -11,6 +11,7 @@
 #include <limits>
 #include <mutex>
 #include <set>
+#include <utility>
 
 #include "core/error.h"
 #include "core/log.h"
@@ -300,7 +301,10 @@ class TrainingRun {
       batch.lengths = {batch.columns};
       batch.examples = {-1 - number++};  // no row of the training text
       if (batch.columns < 2) continue;
-      if (!context_.teacher->takes(batch.columns)) return plain_score();
+      if (!context_.teacher->takes(batch.columns)) {
+        if (!std::exchange(warned_, true)) log_warning(str(context_.title, ": held-out windows of ", batch.columns, " tokens are shorter than the cache's rows of ", options_.sequence_length, "; the score is the loss on next tokens instead of the divergence"));
+        return plain_score();
+      }
       std::vector<LossPart> parts;
       micro_loss(batch, parts);
       const auto part = std::find_if(parts.begin(), parts.end(), [](const LossPart& p) { return p.score; });
@@ -485,6 +489,7 @@ class TrainingRun {
   double last_loss_ = 0, last_score_ = std::numeric_limits<double>::quiet_NaN(), best_score_ = std::numeric_limits<double>::quiet_NaN();
   std::int64_t best_step_ = 0;  // 0 = none yet
   std::int64_t stale_ = 0;      // scores since the best
+  bool warned_ = false;         // that held-out windows do not fit the cache
 };
 
 }  // namespace

@@ -8,7 +8,6 @@
 // and the same attribute. scripts/capture_teacher.py reads it and writes parts.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cstring>
@@ -25,6 +24,7 @@
 #include "model/checkpoint.h"
 #include "train/chunked_loss.h"
 #include "train/dev_score.h"
+#include "train/precision.h"
 #include "train/sparse_codec.h"
 #include "train/step_batches.h"
 #include "train/teacher.h"
@@ -60,10 +60,10 @@ TokenBatch sparse_single_row(const TokenBatch& batch, std::int64_t row) {
 }
 
 template <class T>
-TensorData sparse_tensor(const char* name, DType dtype, const std::vector<T>& values) {
+void sparse_write(Hdf5File& file, const char* name, DType dtype, const std::vector<T>& values) {
   std::vector<std::byte> bytes(values.size() * sizeof(T));
   std::memcpy(bytes.data(), values.data(), bytes.size());
-  return make_tensor(name, dtype, {static_cast<std::int64_t>(values.size())}, std::move(bytes));
+  file.write(name, make_tensor(name, dtype, {static_cast<std::int64_t>(values.size())}, std::move(bytes)));
 }
 
 template <class T>
@@ -209,10 +209,10 @@ class SparseTeacher final : public TeacherSource {
     const fs::path path = folder_ / "wanted.h5";
     Hdf5File file(path, Hdf5File::Mode::create);
     file.set_attribute("identity", identity_.dump());
-    file.write("rows", sparse_tensor("rows", DType::i64, rows));
-    file.write("texts", sparse_tensor("texts", DType::u64, texts));
-    file.write("ids", sparse_tensor("ids", DType::i64, ids));
-    file.write("documents", sparse_tensor("documents", DType::i64, documents));
+    sparse_write(file, "rows", DType::i64, rows);
+    sparse_write(file, "texts", DType::u64, texts);
+    sparse_write(file, "ids", DType::i64, ids);
+    sparse_write(file, "documents", DType::i64, documents);
     file.close();
     throw Error(str("the recipe says that the teacher's outputs come from elsewhere, and ", rows.size(), " of ", all, " rows are not there")).at(path.string())
         .hint(str("python scripts/capture_teacher.py ", folder_.string(), " --model TEACHER, on a machine of your choice; bring the part-*.h5 back into this folder and run again"));
@@ -222,7 +222,7 @@ class SparseTeacher final : public TeacherSource {
   SparseRow compute(const TokenBatch& batch, std::int64_t r) {
     if (elsewhere_) throw Error("the row is not in the teacher's cache, and the recipe says that rows come from elsewhere").at(described(batch.examples[static_cast<std::size_t>(r)], folder_.string())).hint("run the recipe anew: it writes down what is missing");
     const at::NoGradGuard no_grad;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const NoAutocast float32;
     const std::int64_t number = batch.examples[static_cast<std::size_t>(r)];
     at::Tensor hidden = teacher_->hidden(to_input(sparse_single_row(batch, r), teacher_->device()));
     if (teacher_->lm_head.input_transform) hidden = teacher_->lm_head.input_transform(hidden);
@@ -312,10 +312,10 @@ class SparseTeacher final : public TeacherSource {
     const fs::path path = folder_ / ("part-" + name.hex().substr(0, 16) + ".h5");
     Hdf5File file(path, Hdf5File::Mode::create);
     file.set_attribute("identity", identity_.dump());
-    file.write("rows", sparse_tensor("rows", DType::i64, rows));
-    file.write("texts", sparse_tensor("texts", DType::u64, texts));
-    file.write("offsets", sparse_tensor("offsets", DType::i64, offsets));
-    file.write("bytes", sparse_tensor("bytes", DType::u8, bytes));
+    sparse_write(file, "rows", DType::i64, rows);
+    sparse_write(file, "texts", DType::u64, texts);
+    sparse_write(file, "offsets", DType::i64, offsets);
+    sparse_write(file, "bytes", DType::u8, bytes);
     file.close();
     pending_.clear();
     scan();
