@@ -50,10 +50,12 @@ std::shared_ptr<::gloo::transport::Device> gloo_device(const Launch& launch) {
 class GlooCollective final : public Collective {
  public:
   GlooCollective(const Launch& launch, c10::Device device, std::shared_ptr<::gloo::transport::Device> network) : Collective(launch.rank, launch.world), rendezvous_(std::make_unique<Rendezvous>(launch)) {
-    auto options = c10d::ProcessGroupGloo::Options::create(transport_timeout);
+    // A rank that is killed between the meeting and its first connection is waited for no longer than one that never came.
+    auto options = c10d::ProcessGroupGloo::Options::create(Rendezvous::patience());
     options->devices.push_back(std::move(network));
     try {
       host_ = c10::make_intrusive<c10d::ProcessGroupGloo>(rendezvous_->store("gloo"), rank(), world(), options);
+      host_->setTimeout(transport_timeout);
     } catch (const std::exception& error) {  // Gloo's own are no c10::Error
       const auto* torch = dynamic_cast<const c10::Error*>(&error);
       rendezvous_->lost(torch ? torch->what_without_backtrace() : error.what());

@@ -36,7 +36,6 @@ seconds rendezvous_seconds(const char* name, std::int64_t otherwise, std::int64_
   return seconds(*value);
 }
 
-seconds rendezvous_patience() { return rendezvous_seconds("KOMPAKT_RENDEZVOUS_SECONDS", 300, 1); }
 // Longer than any work between two marks of activity: a training step, a block's rounding.
 seconds hang_patience() { return rendezvous_seconds("KOMPAKT_HANG_SECONDS", 1800, 0); }
 
@@ -61,6 +60,8 @@ Rendezvous::Rendezvous(const Launch& launch) : launch_(launch), prefix_("kompakt
   thread_ = std::thread([this] { beat(); });
 }
 
+seconds Rendezvous::patience() { return rendezvous_seconds("KOMPAKT_RENDEZVOUS_SECONDS", 300, 1); }
+
 Rendezvous::~Rendezvous() {
   {
     const std::lock_guard lock(mutex_);
@@ -76,25 +77,25 @@ std::string Rendezvous::key(const char* kind, int rank) const { return str(prefi
 
 c10::intrusive_ptr<c10d::Store> Rendezvous::connect(bool server) const {
   const std::string place = str(launch_.address, ":", launch_.port);
-  const seconds patience = rendezvous_patience();
+  const seconds limit = patience();
   c10d::TCPStoreOptions options;
   options.port = static_cast<std::uint16_t>(launch_.port);
   options.isServer = server;
   options.waitWorkers = false;
-  options.timeout = patience;
+  options.timeout = limit;
   try {
     return c10::make_intrusive<c10d::TCPStore>(launch_.address, options);
   } catch (const std::exception& error) {
     const std::string words = torch_words(error);
     if (server && (words.find("in use") != std::string::npos || words.find("EADDRINUSE") != std::string::npos))
       throw Error(str("port ", launch_.port, " of this machine is taken, so the ranks cannot meet there"), ExitCode::user).at("MASTER_PORT").given(str(launch_.port)).hint("set MASTER_PORT to a free port, the same on all ranks");
-    throw Error(str("the ranks cannot meet: no answer from ", place, " within ", patience.count(), " s (", words, ")")).at("MASTER_ADDR, MASTER_PORT").given(place)
+    throw Error(str("the ranks cannot meet: no answer from ", place, " within ", limit.count(), " s (", words, ")")).at("MASTER_ADDR, MASTER_PORT").given(place)
         .hint("MASTER_ADDR is the host of rank 0, which must have been started too; a firewall between the machines is the other usual reason");
   }
 }
 
 void Rendezvous::meet() {
-  const seconds patience = rendezvous_patience();
+  const seconds limit = patience();
   try {
     if (store_->add(key("claim", launch_.rank), 1) > 1)
       throw Error(str("two processes say that they are rank ", launch_.rank)).at("RANK").given(str(launch_.rank)).hint("each process needs a rank of its own, from 0 to WORLD_SIZE - 1; a job that still runs on this port is the other usual reason");
@@ -102,7 +103,7 @@ void Rendezvous::meet() {
     set(key("state", launch_.rank), running);
     set(key("work", launch_.rank), "0 0");
     store_->add(key("beats", launch_.rank), 1);
-    const auto deadline = Clock::now() + patience;
+    const auto deadline = Clock::now() + limit;
     for (;;) {
       std::vector<std::string> missing;
       for (int rank = 0; rank < launch_.world; ++rank)
@@ -110,7 +111,7 @@ void Rendezvous::meet() {
       if (missing.empty()) break;
       check_interrupted();
       if (Clock::now() > deadline)
-        throw Error(str(missing.size() == 1 ? "rank " : "ranks ", join(missing, ", "), " of ", launch_.world, " did not come to ", launch_.address, ":", launch_.port, " within ", patience.count(), " s")).at("WORLD_SIZE").given(str(launch_.world))
+        throw Error(str(missing.size() == 1 ? "rank " : "ranks ", join(missing, ", "), " of ", launch_.world, " did not come to ", launch_.address, ":", launch_.port, " within ", limit.count(), " s")).at("WORLD_SIZE").given(str(launch_.world))
             .hint("start as many processes as WORLD_SIZE says; what the missing ones printed tells why");
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }

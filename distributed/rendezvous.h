@@ -23,6 +23,8 @@ class Rendezvous {
   Rendezvous(const Rendezvous&) = delete;
   Rendezvous& operator=(const Rendezvous&) = delete;
 
+  // How long the ranks seek each other: 300 s, or KOMPAKT_RENDEZVOUS_SECONDS.
+  static std::chrono::seconds patience();
   // For a transport that brings its own keys.
   c10::intrusive_ptr<c10d::Store> store(const std::string& name) const;
   // This rank enters one more of the operations that all ranks run in the same order.

@@ -7,6 +7,7 @@
 
 #include "tests/catch_torch.h"
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <thread>
@@ -27,6 +28,7 @@ int kill_run(const TinySetting& tiny, int milliseconds, std::int64_t largest_fil
   REQUIRE(binary != nullptr);
   const std::string recipe = tiny.recipe().string(), out = tiny.out("a").string();
   const std::string store = "store=" + (tiny.out("a").parent_path() / "stages").string();  // one of its own: where stages are kept leaves no trace in the artifact
+  std::fflush(nullptr);  // what stands in the buffers is this process's to print, not the child's
   const pid_t child = ::fork();
   if (child == 0) {
     if (largest_file >= 0) {

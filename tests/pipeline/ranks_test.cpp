@@ -6,6 +6,7 @@
 
 #include "tests/catch_torch.h"
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <thread>
@@ -45,6 +46,7 @@ pid_t start_rank(const TinySetting& tiny, const std::string& name, int rank, int
   std::vector<char*> arguments;
   for (std::string& word : words) arguments.push_back(word.data());
   arguments.push_back(nullptr);
+  std::fflush(nullptr);  // what stands in the buffers is this process's to print, not the child's
   const pid_t child = ::fork();
   if (child == 0) {
     if (world > 1) {
@@ -73,7 +75,10 @@ Ended end_rank(const TinySetting& tiny, const std::string& name, int rank, pid_t
 std::vector<Ended> job(const TinySetting& tiny, const std::string& name, int world, int kill_rank = -1, const std::vector<std::string>& more = {}, int milliseconds = -1) {
   const int port = free_port();
   std::vector<pid_t> children;
+  // A kill by the clock may come before rank 0 holds the rendezvous; the others would seek it for five minutes.
+  if (milliseconds >= 0) ::setenv("KOMPAKT_RENDEZVOUS_SECONDS", "15", 1);
   for (int rank = 0; rank < world; ++rank) children.push_back(start_rank(tiny, name, rank, world, port, more));
+  ::unsetenv("KOMPAKT_RENDEZVOUS_SECONDS");
   if (kill_rank >= 0 && milliseconds >= 0) {
     std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
     ::kill(children[static_cast<std::size_t>(kill_rank)], SIGKILL);

@@ -223,6 +223,8 @@ TEST_CASE("ranks: one that lives and hangs is named, one that gets on is waited 
   });
   INFO(hung);
   CHECK(contains_all(hung, {"rank 2 hangs", "3 s", "--resume"}));
+  // Twice as long as the ranks may take to meet: that limit ends with the meeting.
+  ::setenv("KOMPAKT_RENDEZVOUS_SECONDS", "3", 1);
   Findings findings;
   on_ranks(2, [&](Collective& ranks) {
     if (ranks.rank() == 1)
@@ -236,6 +238,7 @@ TEST_CASE("ranks: one that lives and hangs is named, one that gets on is waited 
   ::setenv("KOMPAKT_HANG_SECONDS", "-1", 1);
   CHECK(contains_all(error_text([&] { on_ranks(2, [](Collective&) {}); }), {"KOMPAKT_HANG_SECONDS", "0 to 86400"}));
   ::unsetenv("KOMPAKT_HANG_SECONDS");
+  ::unsetenv("KOMPAKT_RENDEZVOUS_SECONDS");
 }
 
 TEST_CASE("a world size that does not fit the batch is refused with one that does") {
