@@ -3,7 +3,8 @@
 //
 //   prune_table MODEL CALIBRATION.txt TEST.txt [key=value ...]
 //
-//   table=weights|shapes|both      tokens=65536 (calibration)   test=20480   length=512
+//   table=weights|shapes|both      weights: also with 4 bits a weight, pruned in the same sweep ("joint") or before it ("apart")
+//   tokens=65536 (calibration)   test=20480   length=512
 //   true_sequential=1 (0: single weights in the order of the authors' scripts)
 //   ffn=0.75 layers=5 multiple=32  only=TEXT (rows whose name holds it), or exactly these: only==NAME,NAME
 //   device=cpu|cuda (there the seconds are wall time)
@@ -29,6 +30,7 @@
 #include "model/checkpoint.h"
 #include "model/device_memory.h"
 #include "prune/stage.h"
+#include "quantize/stage.h"
 
 using namespace kompakt;
 
@@ -47,6 +49,8 @@ Windows table_windows(const Tokenizer& tokenizer, const char* file, std::int64_t
 struct TableRow {
   std::string name;
   PruneOptions options;
+  bool quantizes = false;
+  QuantizeOptions quantize = {};
 };
 
 std::vector<TableRow> weight_rows() {
@@ -61,6 +65,18 @@ std::vector<TableRow> weight_rows() {
         row.name = str(criterion, " ", *pattern ? pattern : "50%", *refit == 'e' ? " refit" : "");
         rows.push_back(std::move(row));
       }
+  // A row of weights shares a scale and a zero point, as the authors' quantizer has it.
+  for (const char* pattern : {"", "2:4"})
+    for (const bool joint : {true, false}) {
+      TableRow row;
+      row.quantizes = true;
+      row.quantize.weights = "int4_asym", row.quantize.group = 0, row.quantize.embedding = "none", row.quantize.method = "gptq";
+      SparsityOptions& sparse = joint ? row.quantize.sparse : row.options.unstructured;
+      sparse.pattern = pattern, sparse.sparsity = *pattern ? 0 : 0.5;
+      row.quantize.has_sparse = joint, row.options.has_unstructured = !joint, row.options.unstructured.criterion = "sparsegpt";
+      row.name = str("sparsegpt ", *pattern ? pattern : "50%", " 4 bit ", joint ? "joint" : "apart");
+      rows.push_back(std::move(row));
+    }
   return rows;
 }
 
@@ -128,7 +144,9 @@ int main(int argc, char** argv) try {
     const auto model = teacher->clone();
     const auto clock = [&] { return device.is_cpu() ? cpu_seconds() : std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
     const double start = clock();
-    prune(*model, row.options, {}, context);
+    if (row.options.has_structured || row.options.has_unstructured) prune(*model, row.options, {}, context);
+    row.quantize.calibration_sequences = row.options.samples;
+    if (row.quantizes) quantize(*model, row.quantize, {}, context);
     wait_for_device(device);
     const double seconds = clock() - start;
     const LanguageScores scores = score_language(*model, teacher.get(), test);

@@ -2,12 +2,13 @@
 """Pruning of single weights beside the authors' own implementations of Wanda and SparseGPT: perplexity and CPU seconds, one table.
 
 usage: prune_vs_reference.py --table PROGRAM --teacher MODEL.gguf --calibration TEXT --test TEXT --sparsegpt FOLDER --wanda FOLDER
-                             [--tokens 65536] [--windows 40] [--threads 1] [--only wanda|sparsegpt] [--patterns 50%,2:4]
+                             [--tokens 65536] [--windows 40] [--threads 1] [--only wanda|sparsegpt] [--patterns 50%,2:4] [--bits 4]
 
 FOLDER: a clone of github.com/IST-DASLab/sparsegpt and of github.com/locuslab/wanda. Their classes `SparseGPT` and `WrappedGPT` run
 unchanged (block size 128, damping .01); the loop over the layers follows their scripts for Llama: the inputs of a layer come through
 the pruned layers before it, all seven matrices of a layer see the unpruned layer's inputs. PROGRAM: benchmarks/prune_table, told to
-prune in the same order (true_sequential=0). Both see the same weights (the GGUF file decoded), calibration windows of 512 and test windows.
+prune in the same order (true_sequential=0). With --bits SparseGPT rounds in the same sweep, by the authors' quantizer (a scale and a zero
+point a row, from the extremes); ours is `quantize: {method: gptq, sparse: ...}`, which goes part by part. Both see the same weights (the GGUF file decoded), calibration windows of 512 and test windows.
 CPU seconds: pruning alone, statistics and forward passes included, loading and scoring not.
 
 needs: torch, transformers, gguf, accelerate
@@ -29,6 +30,7 @@ parser.add_argument("--windows", type=int, default=40)
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--only", default="")
 parser.add_argument("--patterns", default="50%,2:4")
+parser.add_argument("--bits", type=int, default=0, choices=(0, 4))
 o = parser.parse_args()
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(o.threads)
 
@@ -51,7 +53,8 @@ def load(folder, file, name):
     return module
 
 
-SparseGPT = load(o.sparsegpt, "sparsegpt.py", "reference_sparsegpt").SparseGPT
+REFERENCE = load(o.sparsegpt, "sparsegpt.py", "reference_sparsegpt")
+SparseGPT = REFERENCE.SparseGPT
 WrappedGPT = load(o.wanda, "lib/layerwrapper.py", "reference_wanda").WrappedGPT
 source = pathlib.Path(o.teacher)
 tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -110,6 +113,9 @@ def prune(model, calibration, method, pattern):
             h.remove()
         for name, linear in linears.items():
             if method == "sparsegpt":
+                if o.bits:
+                    wrapped[name].quantizer = REFERENCE.Quantizer()
+                    wrapped[name].quantizer.configure(o.bits, perchannel=True, sym=False, mse=False)
                 wrapped[name].fasterprune(sparsity, prunen=n, prunem=m, percdamp=0.01, blocksize=128)
                 wrapped[name].free()
                 continue
@@ -127,7 +133,7 @@ def prune(model, calibration, method, pattern):
 
 def ours():
     """Rows of prune_table: name -> (perplexity, CPU seconds)."""
-    names = [f"{method} {pattern}" for method in methods for pattern in o.patterns.split(",")]
+    names = [f"{method} {pattern}{SUFFIX}" for method in methods for pattern in o.patterns.split(",")]
     out = subprocess.run([o.table, o.teacher, o.calibration, o.test, "table=weights", "true_sequential=0", f"tokens={o.tokens}", f"test={o.windows * WINDOW}", "only==" + ",".join(names)],
                          check=True, capture_output=True, text=True).stdout
     rows = {}
@@ -137,7 +143,8 @@ def ours():
     return rows
 
 
-methods = [m for m in ("wanda", "sparsegpt") if o.only in ("", m)]
+methods = [m for m in ("wanda", "sparsegpt") if o.only in ("", m) and not (o.bits and m == "wanda")]
+SUFFIX = f" {o.bits} bit joint" if o.bits else ""
 calibration, test = windows(o.calibration, o.tokens // WINDOW), windows(o.test, o.windows)
 print(f"{len(calibration)} calibration windows, {len(test)} test windows of {WINDOW} tokens, {o.threads} thread(s)")
 print(f"float model: perplexity {perplexity(fresh_model(), test):.4f} (PyTorch)")
@@ -155,5 +162,5 @@ for method in methods:
             sys.stdout.close()
             sys.stdout = stdout
         seconds = time.process_time() - start
-        theirs, (perplexity_ours, seconds_ours) = perplexity(model, test), table[f"{method} {pattern}"]
+        theirs, (perplexity_ours, seconds_ours) = perplexity(model, test), table[f"{method} {pattern}{SUFFIX}"]
         print(f"{method + ' ' + pattern:18}{theirs:12.4f}{perplexity_ours:12.4f}{perplexity_ours / theirs:8.4f}{seconds:10.1f}{seconds_ours:9.1f}{seconds / seconds_ours:8.2f}", flush=True)

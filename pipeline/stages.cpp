@@ -366,6 +366,7 @@ void plan_quantize(const Node& node, const PlanInput& input, PlannedModel& model
   model.quantized = plan.tensors;
   set_rounding(model.config, planned_rounding(model.config, options, model.quantized));
   model.notes.insert(model.notes.end(), plan.fallbacks.begin(), plan.fallbacks.end());
+  if (options.has_sparse) model.notes.push_back(str(chosen_pattern(options.sparse, "quantize.sparse").text(), " of the weights of linears in blocks become zero in the same sweep"));
   add_calibration(input, options, model);
   add_trainings();
   model.bytes = float_bytes(model.config);

@@ -8,12 +8,12 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <numeric>
 
 #include "core/error.h"
 #include "core/text.h"
 #include "model/parallel.h"
 #include "train/calibration.h"
+#include "train/sparsity_choice.h"
 
 namespace kompakt {
 namespace {
@@ -34,43 +34,6 @@ void sparsegpt_rows(std::int64_t rows, std::int64_t chunk, const std::function<v
     const std::int64_t first = static_cast<std::int64_t>(i) * chunk;
     work(first, std::min(rows, first + chunk));
   });
-}
-
-float sparsegpt_score(float w, float diagonal) {
-  const float root = w / diagonal;
-  return w == 0 ? -1.0f : root * root;  // what is zero goes first
-}
-
-// Marks the lowest share of the columns [from, to) of all rows. gone [N,K]: 1 = goes; zeros are marked already.
-void sparsegpt_choose(const float* w, const float* diagonal, std::int64_t rows, std::int64_t columns, std::int64_t from, std::int64_t to, double sparsity, std::uint8_t* gone) {
-  const std::int64_t width = to - from, count = rows * width;
-  const auto wanted = static_cast<std::int64_t>(std::floor(sparsity * static_cast<double>(count)));
-  std::vector<std::pair<float, std::int64_t>> scores;  // and minus the place: of equal scores the later goes first
-  scores.reserve(static_cast<std::size_t>(count));
-  for (std::int64_t r = 0; r < rows; ++r)
-    for (std::int64_t j = from; j < to; ++j) scores.emplace_back(gone[r * columns + j] ? -1.0f : sparsegpt_score(w[r * columns + j], diagonal[j]), -(r * width + j - from));
-  if (wanted < 1) return;
-  std::nth_element(scores.begin(), scores.begin() + wanted - 1, scores.end());
-  for (std::int64_t i = 0; i < wanted; ++i) {
-    const std::int64_t at = -scores[static_cast<std::size_t>(i)].second;
-    gone[at / width * columns + from + at % width] = 1;
-  }
-}
-
-// Marks m - n of the m weights of one row that begin at `w`.
-void sparsegpt_choose_group(const float* w, const float* diagonal, const SparsityPattern& pattern, std::uint8_t* gone) {
-  std::int64_t left = pattern.m - pattern.n;
-  for (std::int64_t i = 0; i < pattern.m; ++i) left -= gone[i];
-  for (; left > 0; --left) {
-    std::int64_t lowest = -1;
-    float lowest_score = 0;
-    for (std::int64_t i = 0; i < pattern.m; ++i) {
-      if (gone[i]) continue;
-      const float score = sparsegpt_score(w[i], diagonal[i]);
-      if (lowest < 0 || score <= lowest_score) lowest = i, lowest_score = score;
-    }
-    gone[lowest] = 1;
-  }
 }
 
 }  // namespace
@@ -109,7 +72,7 @@ SparseMatrix sparsegpt(const Tensor& weight, const InputMetric& metric, const Sp
 
   for (std::int64_t from = 0; from < columns; from += width) {
     const std::int64_t to = std::min(columns, from + width);
-    if (!pattern.grouped()) sparsegpt_choose(w, diag, rows, columns, from, to, pattern.sparsity, gone);
+    if (!pattern.grouped()) choose_share(w, diag, rows, columns, from, to, pattern.sparsity, gone);
     sparsegpt_rows(rows, sparsegpt_row_chunk, [&](std::int64_t first, std::int64_t end) {
       Tensor errors = at::zeros({end - first, to - from}, at::kFloat);
       float* error = errors.data_ptr<float>();
@@ -118,7 +81,7 @@ SparseMatrix sparsegpt(const Tensor& weight, const InputMetric& metric, const Sp
         std::uint8_t* row_gone = gone + r * columns;
         float* row_error = error + (r - first) * (to - from);
         for (std::int64_t j = from; j < to; ++j) {
-          if (pattern.grouped() && j % pattern.m == 0) sparsegpt_choose_group(row + j, diag + j, pattern, row_gone + j);
+          if (pattern.grouped() && j % pattern.m == 0) choose_in_group(row + j, diag + j, pattern, row_gone + j);
           if (!row_gone[j]) continue;
           const float e = row[j] / diag[j];
           row[j] = 0;

@@ -79,7 +79,7 @@ std::vector<std::int64_t> layer_map_without(const std::vector<std::int64_t>& map
 namespace {
 
 std::vector<std::string> stage_sparse_linears(Transformer& model, const UnstructuredOptions& options) {
-  const std::set<std::string> dense = dense_linears(model, options);
+  const std::set<std::string> dense = dense_linears(model, options, "unstructured");
   std::vector<std::string> out;
   for (const Linear* linear : model.linears())
     if (!dense.count(linear->name)) out.push_back(linear->name);
@@ -244,7 +244,7 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
   ModelConfig out = config;
   if (options.has_vocabulary && options.vocabulary.max_positions > 0 && config.family->learned_positions) out.max_positions = std::min(out.max_positions, options.vocabulary.max_positions);
   if (!options.has_structured) {
-    if (options.has_unstructured) check_unstructured(out, options.unstructured);
+    if (options.has_unstructured) check_sparsity(out, options.unstructured, "unstructured");
     return out;
   }
   const StructuredOptions& structured = options.structured;
@@ -263,7 +263,7 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
   } else if (structured.hidden_by != "select" || structured.untie) {
     throw Error("no channel of the residual stream is removed").at(structured.untie ? "structured.untie" : "structured.hidden_by").given("hidden: 1").hint("write hidden: 0.75, or leave the key out");
   }
-  if (options.has_unstructured) check_unstructured(out, options.unstructured);
+  if (options.has_unstructured) check_sparsity(out, options.unstructured, "unstructured");
   return out;
 }
 
@@ -289,7 +289,7 @@ void prune(Transformer& model, const PruneOptions& options, const std::vector<st
   }
   check_schedule(options);
   if (options.has_unstructured && !options.has_schedule) {
-    check_unstructured(model.config(), options.unstructured);
+    check_sparsity(model.config(), options.unstructured, "unstructured");
     prune_unstructured(model, options.unstructured, options.samples, context);
   }
   if (!options.has_recover) {

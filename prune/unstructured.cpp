@@ -14,23 +14,8 @@
 #include "core/text.h"
 #include "model/paged.h"
 #include "model/parallel.h"
-#include "train/optimizer.h"
 
 namespace kompakt {
-
-std::set<std::string> dense_linears(Transformer& model, const UnstructuredOptions& options) {
-  std::set<std::string> dense;
-  std::vector<std::string> names;
-  for (const Linear* linear : model.linears()) names.push_back(linear->name);
-  for (const std::string& pattern : options.skip) {
-    const std::size_t before = dense.size();
-    for (const std::string& name : names)
-      if (matches_pattern(name, pattern)) dense.insert(name);
-    if (dense.size() == before) throw Error(str("no linear of the blocks matches the pattern \"", pattern, "\"", did_you_mean(pattern, names))).at("unstructured.skip").given(pattern).allowed(str("names such as ", names.front(), "; * stands for anything"));
-  }
-  if (dense.size() == names.size()) throw Error("every matrix is skipped: nothing is left to prune").at("unstructured.skip").given(join(options.skip, ", "));
-  return dense;
-}
 
 namespace {
 
@@ -60,7 +45,7 @@ constexpr std::array<WeightCriterion, 3> unstructured_table{{
 class UnstructuredRun {
  public:
   UnstructuredRun(Transformer& model, const UnstructuredOptions& options, StageContext& context)
-      : model_(model), options_(options), context_(context), criterion_(*find_weight_criterion(options.criterion)), pattern_(unstructured_pattern(options)), dense_(dense_linears(model, options)),
+      : model_(model), options_(options), context_(context), criterion_(*find_weight_criterion(options.criterion)), pattern_(chosen_pattern(options, "unstructured")), dense_(dense_linears(model, options, "unstructured")),
         needs_(options.refit == "exact" ? InputStatistics::moments : criterion_.needs) {
     for (const Linear* linear : model.linears())
       if (linear->transform || linear->input_transform) throw std::logic_error(str("prune: a transform is attached to ", linear->name));
@@ -191,29 +176,6 @@ void fields(FieldVisitor& visitor, UnstructuredOptions& options) {
   visitor.integer("block", options.block, "sparsegpt: columns whose places are chosen together", {.min = 1.0});
   visitor.flag("true_sequential", options.true_sequential, "inputs of a matrix come through the pruned matrices of its own block too, as in kompakt's other methods; false: as the authors of Wanda and SparseGPT do");
   visitor.texts("skip", options.skip, "patterns of linears that stay dense (* = anything)");
-}
-
-SparsityPattern unstructured_pattern(const UnstructuredOptions& options) {
-  if (options.pattern.empty() == (options.sparsity == 0))
-    throw Error(options.pattern.empty() ? "unstructured pruning needs a sparsity or a pattern" : "sparsity and pattern say two different things").at("unstructured").hint("write sparsity: 0.5, or pattern: \"2:4\"");
-  if (options.pattern.empty()) return {options.sparsity};
-  const std::optional<SparsityPattern> pattern = parse_pattern(options.pattern);
-  if (!pattern || pattern->n < 1 || pattern->n >= pattern->m)
-    throw Error("the pattern is not of the form N:M with N below M").at("unstructured.pattern").given(options.pattern).allowed("such as 2:4 or 4:8").hint("of every M weights in a row N stay");
-  return *pattern;
-}
-
-void check_unstructured(const ModelConfig& config, const UnstructuredOptions& options) {
-  const SparsityPattern pattern = unstructured_pattern(options);
-  Transformer shapes(config, 0, c10::Device(c10::kMeta));
-  for (const Linear* linear : shapes.linears()) {
-    if (std::any_of(options.skip.begin(), options.skip.end(), [&](const std::string& skip) { return matches_pattern(linear->name, skip); })) continue;
-    try {
-      check_pattern(pattern, linear->in_features());
-    } catch (Error& error) {
-      throw error.at(linear->name);
-    }
-  }
 }
 
 std::span<const WeightCriterion> weight_criteria() { return unstructured_table; }

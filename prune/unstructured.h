@@ -16,24 +16,14 @@
 
 namespace kompakt {
 
-struct UnstructuredOptions {
-  double sparsity = 0;              // share of every row (sparsegpt: of every block of columns) that goes; 0 = `pattern` says it
-  std::string pattern;              // "2:4"
+struct UnstructuredOptions : SparsityOptions {  // sparsity: of every row, sparsegpt: of every block of columns
   std::string criterion = "wanda";  // row of the table of weight criteria
   std::string refit = "none";       // none | exact
   double damping = 0.01;
   std::int64_t block = 128;
   bool true_sequential = true;      // inputs of a matrix behind the pruned matrices of its own block; false: behind those of earlier blocks
-  std::vector<std::string> skip;    // patterns of linear names that stay dense
 };
 void fields(FieldVisitor& visitor, UnstructuredOptions& options);
-
-// Error when neither or both of sparsity and pattern are given, or when rows of the model do not divide into groups.
-SparsityPattern unstructured_pattern(const UnstructuredOptions& options);
-void check_unstructured(const ModelConfig& config, const UnstructuredOptions& options);
-
-// Linears of the blocks that `skip` keeps dense. Error for a pattern that matches none, and when all would be.
-std::set<std::string> dense_linears(Transformer& model, const UnstructuredOptions& options);
 
 // What a criterion has to know about the inputs of a matrix.
 enum class InputStatistics { none, squares, moments };

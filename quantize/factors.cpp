@@ -11,7 +11,7 @@
 
 namespace kompakt {
 
-ColumnOrder column_order(const at::Tensor& energy, std::int64_t group, bool act_order) {
+ColumnOrder column_order(const at::Tensor& energy, std::int64_t group, bool act_order, bool inside_groups) {
   const at::Tensor e = energy.to(at::kCPU, at::kDouble).contiguous();
   const double* values = e.data_ptr<double>();
   const std::int64_t columns = e.size(0), groups = (columns + group - 1) / group;
@@ -27,7 +27,7 @@ ColumnOrder column_order(const at::Tensor& energy, std::int64_t group, bool act_
     order.begin.push_back(static_cast<std::int64_t>(order.column.size()));
     const std::int64_t first = g * group, end = std::min(columns, first + group);
     for (std::int64_t k = first; k < end; ++k) order.column.push_back(k);
-    if (act_order) std::stable_sort(order.column.end() - (end - first), order.column.end(), [&](std::int64_t a, std::int64_t b) { return values[a] > values[b]; });
+    if (act_order && inside_groups) std::stable_sort(order.column.end() - (end - first), order.column.end(), [&](std::int64_t a, std::int64_t b) { return values[a] > values[b]; });
   }
   order.begin.push_back(columns);
   return order;
@@ -42,7 +42,7 @@ void factor_input(const LayerInput& input, std::int64_t group, const LayerOption
   factors.dead = hessian.diagonal().le(0);
   factors.dead_count = factors.dead.sum().item<std::int64_t>();
   if (factors.dead_count > 0) hessian.diagonal().masked_fill_(factors.dead, 1);
-  factors.order = column_order(hessian.diagonal(), group, options.act_order);
+  factors.order = column_order(hessian.diagonal(), group, options.act_order, !options.sparsity || !options.sparsity->grouped());
   const at::Tensor permutation = at::tensor(at::ArrayRef<std::int64_t>(factors.order.column), at::kLong);
   factors.factor = damped_inverse_factor(hessian.index_select(0, permutation).index_select(1, permutation), options.damping, options.float64);
   factors.group = group;

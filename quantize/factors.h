@@ -16,8 +16,9 @@ struct ColumnOrder {
   std::vector<std::int64_t> group;   // processed group -> group
   std::vector<std::int64_t> begin;   // processed group -> first processed position; one more at the end
 };
-// Groups by falling largest energy, columns likewise inside a group; or all as they stand. `energy` [K] = diag H.
-ColumnOrder column_order(const at::Tensor& energy, std::int64_t group, bool act_order);
+// Groups by falling largest energy, columns likewise inside a group; or all as they stand, with `inside_groups` false those inside of
+// groups. `energy` [K] = diag H.
+ColumnOrder column_order(const at::Tensor& energy, std::int64_t group, bool act_order, bool inside_groups = true);
 
 struct InputFactors {
   // of the sweep

@@ -16,6 +16,7 @@
 #include "quantize/kquant.h"
 #include "quantize/methods.h"
 #include "quantize/vector_lanes.h"
+#include "train/sparsity_choice.h"
 
 namespace kompakt {
 namespace {
@@ -47,16 +48,25 @@ std::vector<std::pair<std::int64_t, std::int64_t>> gptq_blocks(const ColumnOrder
   return blocks;
 }
 
+// Marks what would go of the n weights of one row and one group of scales if all were chosen now: its scale is fitted to the rest.
 template <class Real>
-LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width, const at::Tensor& steps) {
+void expect_zeros(const Real* w, const Real* diagonal, std::int64_t n, const SparsityPattern& pattern, std::uint8_t* gone) {
+  if (!pattern.grouped()) return choose_share(w, diagonal, 1, n, 0, n, pattern.sparsity, gone);
+  for (std::int64_t i = 0; i < n; i += pattern.m) choose_in_group(w + i, diagonal + i, pattern, gone + i);
+}
+
+template <class Real>
+LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const SparsityPattern* sparsity, const InverseFactor& factor, const ColumnOrder& order, const GridSpec& spec, std::int64_t block_width, const at::Tensor& steps) {
   const auto type = sizeof(Real) == 8 ? at::kDouble : at::kFloat;
   const Grid& grid = *spec.grid;
   const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.span_for(columns), groups = spec.scale_count(columns);
   const std::int64_t width_of_scale = spec.group_for(columns), scales_of_group = (group + width_of_scale - 1) / width_of_scale;  // 1, but for super-blocks
   const at::Tensor permutation = at::tensor(at::ArrayRef<std::int64_t>(order.column), at::kLong);
   at::Tensor work = weight.index_select(1, permutation).to(type).contiguous();  // compensated weights, processed order
-  const at::Tensor kept = mask.defined() ? mask.to(at::kCPU, at::kBool).index_select(1, permutation).contiguous() : at::Tensor();
-  const bool* keeps = kept.defined() ? kept.const_data_ptr<bool>() : nullptr;
+  at::Tensor removed;  // [N,K] 1 = pruned, processed order
+  if (mask.defined()) removed = mask.to(at::kCPU).logical_not().index_select(1, permutation).to(at::kByte).contiguous();
+  else if (sparsity) removed = at::zeros({rows, columns}, at::kByte);
+  std::uint8_t* gone = removed.defined() ? removed.data_ptr<std::uint8_t>() : nullptr;
   const bool dense = factor.upper.defined();
   const at::Tensor upper = dense ? factor.upper.to(type).contiguous() : at::Tensor(), diagonal = factor.diagonal.to(type).contiguous();
   const Real* u = dense ? upper.data_ptr<Real>() : nullptr;
@@ -81,6 +91,7 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
     at::NoGradGuard no_grad;  // a worker thread has its own mode
     FitScratch scratch;
     std::vector<float> values(static_cast<std::size_t>(group)), weights(grid.kquant ? values.size() : 0);
+    std::vector<std::uint8_t> expected;  // of a group in front of its fit
     for (std::int64_t c = chunk_begin; c < chunk_end; ++c) {
       const std::int64_t row_begin = c * chunk, row_end = std::min(rows, row_begin + chunk);
       at::Tensor part = work.slice(0, row_begin, row_end);
@@ -90,9 +101,11 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
         const std::int64_t width = to - from;
         at::Tensor errors = at::empty({row_end - row_begin, width}, type);
         Real* error = errors.data_ptr<Real>();
+        if (sparsity && !sparsity->grouped()) choose_share(w, diag, row_end - row_begin, columns, from, to, sparsity->sparsity, gone + row_begin * columns);
         for (std::int64_t r = row_begin; r < row_end; ++r) {
           Real* row = w + (r - row_begin) * columns;
           Real* row_error = error + (r - row_begin) * width;
+          std::uint8_t* row_gone = gone ? gone + r * columns : nullptr;
           std::size_t g = next_group;
           GroupScale s;
           float inverse = 0;
@@ -105,7 +118,13 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
             if (g < order.group.size() && order.begin[g] == j) {
               // Fitted on the compensated weights, taken in their own order: without compensation this is what encode does.
               const std::int64_t first = order.group[g] * group, n = order.begin[g + 1] - j, at = r * groups + order.group[g] * scales_of_group;
-              for (std::int64_t i = 0; i < n; ++i) values[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = keeps && !keeps[r * columns + j + i] ? 0.0f : static_cast<float>(row[j + i]);
+              const std::uint8_t* zero = row_gone ? row_gone + j : nullptr;
+              if (sparsity && !fixed && (sparsity->grouped() || j + n > to)) {  // as they would be chosen now
+                expected.assign(zero, zero + n);
+                expect_zeros(row + j, diag + j, n, *sparsity, expected.data());
+                zero = expected.data();
+              }
+              for (std::int64_t i = 0; i < n; ++i) values[static_cast<std::size_t>(order.column[static_cast<std::size_t>(j + i)] - first)] = zero && zero[i] ? 0.0f : static_cast<float>(row[j + i]);
               const auto not_finite = [&] { return Error(str("row ", r, ": the compensated weights are not finite")).hint("raise damping, or give more calibration data"); };
               if (grid.kquant) {
                 // All scales of the super-block, as the loss of the sweep weighs its columns.
@@ -127,8 +146,9 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
               s = {scales[at], offsets ? offsets[at] : 0.0f};
               inverse = grid::inverse_scale(s.scale);
             }
+            if (sparsity && sparsity->grouped() && order.column[static_cast<std::size_t>(j)] % sparsity->m == 0) choose_in_group(row + j, diag + j, *sparsity, row_gone + j);
             // A pruned weight is rounded to zero, and what compensation made of it is made up for like any error.
-            const float code = rule.nearest(keeps && !keeps[r * columns + j] ? 0.0f : static_cast<float>(row[j]), inverse, s.offset);
+            const float code = rule.nearest(row_gone && row_gone[j] ? 0.0f : static_cast<float>(row[j]), inverse, s.offset);
             codes[r * columns + order.column[static_cast<std::size_t>(j)]] = static_cast<std::int8_t>(static_cast<int>(code));
             const Real e = (row[j] - static_cast<Real>(grid::decode_value(rule.value(code), s.scale, s.offset))) / diag[j];
             row_error[j - from] = e;
@@ -142,7 +162,15 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const I
     }
   });
   result.sweep_loss = loss.sum().item<double>();
+  if (sparsity) result.mask = at::empty({rows, columns}, at::kBool).index_copy_(1, permutation, removed.eq(0));
   return result;
+}
+
+// n:m inside of a group of scales, whose columns are consecutive then, and inside of a block.
+void check_groups(const SparsityPattern& pattern, std::int64_t columns, std::int64_t group, std::int64_t block) {
+  check_pattern(pattern, columns);
+  if (pattern.grouped() && (group % pattern.m != 0 || (group > block && block % pattern.m != 0)))
+    throw Error(str("groups of ", group, " weights, updated by ", block, " columns, do not divide into ", pattern.m)).given(pattern.text()).hint("choose a pattern such as 2:4 whose second number divides the grid's group");
 }
 
 }  // namespace
@@ -159,7 +187,9 @@ LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const L
   if (factors.dead_count > 0) weight = weight.masked_fill(factors.dead.unsqueeze(0), 0);
   const std::int64_t width = std::max<std::int64_t>(1, options.block);
   const at::Tensor steps = entropy_row_steps(spec, weight, input.row_importance);
-  LayerResult result = options.float64 ? gptq_sweep<double>(weight, input.mask, factors.factor, factors.order, spec, width, steps) : gptq_sweep<float>(weight, input.mask, factors.factor, factors.order, spec, width, steps);
+  const SparsityPattern* sparsity = options.sparsity && !input.dense ? &*options.sparsity : nullptr;
+  if (sparsity) check_groups(*sparsity, columns, group, width);
+  LayerResult result = options.float64 ? gptq_sweep<double>(weight, input.mask, sparsity, factors.factor, factors.order, spec, width, steps) : gptq_sweep<float>(weight, input.mask, sparsity, factors.factor, factors.order, spec, width, steps);
   result.damping = factors.factor.damping, result.path = factors.factor.path, result.dead = factors.dead_count;
   return result;
 }

@@ -22,8 +22,8 @@ namespace {
 // Some rows of one matrix, with the numbers of their super-blocks.
 class KQuantPolish {
  public:
-  KQuantPolish(const GridSpec& spec, const at::Tensor& weight, const at::Tensor& hessian, const Quantized& q)
-      : kquant_(*spec.grid->kquant), rule_(*spec.grid), weight_(weight), hessian_(hessian), codes_(q.codes.clone()), rows_(weight.size(0)), columns_(weight.size(1)), blocks_(columns_ / kquant_span),
+  KQuantPolish(const GridSpec& spec, const at::Tensor& weight, const at::Tensor& hessian, const Quantized& q, const at::Tensor& kept)
+      : kquant_(*spec.grid->kquant), rule_(*spec.grid), weight_(weight), hessian_(hessian), kept_(kept), codes_(q.codes.clone()), rows_(weight.size(0)), columns_(weight.size(1)), blocks_(columns_ / kquant_span),
         numbers_(static_cast<std::size_t>(rows_ * blocks_)) {
     const at::Tensor s = q.scales.contiguous(), o = kquant_.minimum() ? q.offsets.contiguous() : at::Tensor();
     for (std::int64_t b = 0; b < rows_ * blocks_; ++b)
@@ -141,7 +141,9 @@ class KQuantPolish {
     if (s == 0) return;
     float* w = value_at(r, b);
     float* rr = residual_at(r, b);
+    const bool* kept = kept_.defined() ? kept_.const_data_ptr<bool>() + r * columns_ + b * kquant_span : nullptr;
     for (int i = g * kquant_.group; i < (g + 1) * kquant_.group; ++i) {
+      if (kept && !kept[i]) continue;
       const float* h = own(b, i);
       const float code = rule_.nearest(w[i] - rr[i] / h[i], inverse, o), value = grid::decode_value(rule_.value(code), s, o), delta = value - w[i];
       if (delta == 0 || !(delta * (2 * rr[i] + delta * h[i]) < 0)) continue;
@@ -153,15 +155,15 @@ class KQuantPolish {
 
   const KQuant& kquant_;
   const CodeRule rule_;
-  at::Tensor weight_, hessian_, codes_, values_, residual_;
+  at::Tensor weight_, hessian_, kept_, codes_, values_, residual_;
   std::int64_t rows_, columns_, blocks_;
   std::vector<KQuantBlock> numbers_;
 };
 
 }  // namespace
 
-void kquant_polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec& spec, std::int64_t rounds, Quantized& quantized, std::vector<double>& objective) {
-  const at::Tensor h = hessian.to(at::kFloat).contiguous(), w = weight.to(at::kFloat).contiguous();
+void kquant_polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec& spec, std::int64_t rounds, Quantized& quantized, std::vector<double>& objective, const at::Tensor& mask) {
+  const at::Tensor h = hessian.to(at::kFloat).contiguous(), w = weight.to(at::kFloat).contiguous(), kept = mask.defined() ? mask.to(at::kCPU, at::kBool).contiguous() : at::Tensor();
   Quantized& q = quantized;
   constexpr std::int64_t chunk = 128;  // fixed: results do not depend on threads
   const std::int64_t rows = weight.size(0), chunks = (rows + chunk - 1) / chunk;
@@ -171,7 +173,7 @@ void kquant_polish(const at::Tensor& weight, const at::Tensor& hessian, const Gr
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t first = i * chunk, last = std::min(rows, first + chunk);
       const at::Tensor offsets = q.offsets.defined() ? q.offsets.slice(0, first, last) : at::Tensor();
-      KQuantPolish part(spec, w.slice(0, first, last), h, {q.codes.slice(0, first, last), q.scales.slice(0, first, last), offsets});
+      KQuantPolish part(spec, w.slice(0, first, last), h, {q.codes.slice(0, first, last), q.scales.slice(0, first, last), offsets}, kept.defined() ? kept.slice(0, first, last) : at::Tensor());
       double* out = history.data_ptr<double>() + i * (rounds + 1);
       for (std::int64_t round = 0; round < rounds; ++round) {
         *out++ = part.measure();

@@ -69,19 +69,34 @@ bool halves_disagree(const Json& row) {
   return row.contains("halves") && row.at("halves").get<double>() > std::max(0.0, row.at("rounding_error").get<double>() - row.at("output_error").get<double>());
 }
 
+Json sparsity_json(const Json& rows, const SparsityPattern& pattern, const std::set<std::string>& dense) {
+  Json layers = Json::array();
+  double weights = 0, zeros = 0;
+  for (const Json& row : rows) {
+    if (!row.contains("sparsity")) continue;
+    const double all = row.at("rows").get<double>() * row.at("columns").get<double>(), share = row.at("sparsity").get<double>();
+    weights += all, zeros += std::round(all * share);
+    layers.push_back(Json{{"layer", row.at("layer")}, {"sparsity", share}, {"output_error", row.at("output_error")}});
+  }
+  return Json{{"criterion", "sparsegpt"}, {"pattern", pattern.text()}, {"refit", "none"}, {"weights", static_cast<std::int64_t>(weights)}, {"zeros", static_cast<std::int64_t>(zeros)}, {"layers", layers}, {"dense", Json(dense)}};
+}
+
 std::string layer_table(const Json& rows) {
   struct Column {
     const char *key, *title;
     int digits;  // -1 = text
   };
-  static constexpr Column columns[] = {{"layer", "layer", -1}, {"format", "format", -1}, {"bits", "bits", 3}, {"error", "error", 5}, {"output_error", "output", 5}, {"rounding_error", "rounding", 5},
+  static constexpr Column columns[] = {{"layer", "layer", -1}, {"format", "format", -1}, {"bits", "bits", 3}, {"sparsity", "zeros", 3}, {"error", "error", 5}, {"output_error", "output", 5}, {"rounding_error", "rounding", 5},
                                        {"halves", "halves", 5}, {"damping", "damping", 4}, {"seconds", "seconds", 2}};
   std::vector<std::vector<std::string>> cells(1);
-  for (const Column& column : columns) cells[0].emplace_back(column.title);
+  std::vector<const Column*> shown;  // those that a row has something for
+  for (const Column& column : columns)
+    if (std::any_of(rows.begin(), rows.end(), [&](const Json& row) { return row.contains(column.key); })) shown.push_back(&column);
+  for (const Column* column : shown) cells[0].emplace_back(column->title);
   for (const Json& row : rows) {
     cells.emplace_back();
-    for (const Column& column : columns)
-      cells.back().push_back(!row.contains(column.key) ? "" : column.digits < 0 ? row.at(column.key).get<std::string>() : fixed(row.at(column.key).get<double>(), column.digits));
+    for (const Column* column : shown)
+      cells.back().push_back(!row.contains(column->key) ? "" : column->digits < 0 ? row.at(column->key).get<std::string>() : fixed(row.at(column->key).get<double>(), column->digits));
   }
   std::string out;
   for (const auto& line : cells) {
@@ -89,7 +104,7 @@ std::string layer_table(const Json& rows) {
       std::size_t width = 0;
       for (const auto& other : cells) width = std::max(width, other[c].size());
       const std::string space(width - line[c].size(), ' ');
-      out += columns[c].digits < 0 ? line[c] + space : space + line[c];
+      out += shown[c]->digits < 0 ? line[c] + space : space + line[c];
       out += c + 1 < line.size() ? "  " : "\n";
     }
   }

@@ -1,6 +1,7 @@
 // What the report says of every quantized matrix.
 #pragma once
 
+#include <set>
 #include <string>
 
 #include "core/json.h"
@@ -22,6 +23,9 @@ void describe_output(Json& row, const GridSpec& spec, const at::Tensor& weight, 
 
 // The halves differ by more than the method gained over rounding.
 bool halves_disagree(const Json& row);
+
+// What became zero in the sweep, in the form of the stage prune: pattern, weights, zeros, layers with their sparsity, dense ones.
+Json sparsity_json(const Json& rows, const SparsityPattern& pattern, const std::set<std::string>& dense);
 
 // Rows as lines for people: layer, format, errors, damping, seconds.
 std::string layer_table(const Json& rows);

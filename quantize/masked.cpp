@@ -9,26 +9,26 @@
 #include "core/text.h"
 
 namespace kompakt {
-namespace {
-
-// A group of mixed signs with a zero in it, rounded: is the zero still one?
-bool masked_grid_has_zero(const GridSpec& spec) {
+bool has_zero(const GridSpec& spec) {
+  // A group of mixed signs with a zero in it, rounded.
   const std::int64_t columns = std::max<std::int64_t>(4, spec.span_for(spec.grid->default_group));
   at::Tensor w = at::linspace(-1.0, 0.7, columns).reshape({1, columns});
   w.slice(1, columns / 2).slice(1, 0, 1).zero_();
   return round_to_grid(spec, w)[0][columns / 2].item<float>() == 0;
 }
 
-}  // namespace
+std::string grids_with_zero() {
+  std::vector<std::string> names;
+  for (const Grid& grid : grids())
+    if (has_zero({&grid, grid.default_group})) names.emplace_back(grid.name);
+  return join(names, ", ");
+}
 
 void check_masks(const QuantizationPlan& plan, const StageContext& context) {
-  std::vector<std::string> fitting;
   for (const auto& [name, mask] : context.masks) {
     const auto planned = plan.tensors.find(name);
-    if (planned == plan.tensors.end() || masked_grid_has_zero(planned->second)) continue;
-    for (const Grid& grid : grids())
-      if (masked_grid_has_zero({&grid, grid.default_group})) fitting.emplace_back(grid.name);
-    throw Error(str("the grid ", planned->second.grid->name, " has no zero, and an earlier stage pruned weights of ", name)).at(context.title).given(std::string(planned->second.grid->name)).allowed(join(fitting, ", ")).hint("choose a grid that has one, or leave the unstructured pruning out");
+    if (planned == plan.tensors.end() || has_zero(planned->second)) continue;
+    throw Error(str("the grid ", planned->second.grid->name, " has no zero, and an earlier stage pruned weights of ", name)).at(context.title).given(std::string(planned->second.grid->name)).allowed(grids_with_zero()).hint("choose a grid that has one, or leave the unstructured pruning out");
   }
 }
 

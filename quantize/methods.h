@@ -5,22 +5,27 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "quantize/grids.h"
+#include "train/sparsity.h"
 
 namespace kompakt {
+
+constexpr std::int64_t gptq_block = 128;  // columns per blocked update of the stage
 
 struct LayerOptions {
   double damping = 0.01;       // share of mean(diag H) added to the diagonal
   bool act_order = true;
-  std::int64_t block = 128;    // columns per blocked update
+  std::int64_t block = gptq_block;
   bool float64 = false;
   double teacher_target = 0;   // alpha
   std::int64_t polish_rounds = 0;
+  std::optional<SparsityPattern> sparsity = {};  // weights that become zero in the same sweep (gptq, trifit)
 };
 
 struct InputFactors;  // quantize/factors.h
@@ -33,6 +38,7 @@ struct LayerInput {
   std::shared_ptr<InputFactors> factors = {};
   at::Tensor mask = {};  // [N,K] bool, false = the weight is zero and stays so; undefined = all may differ from zero
   at::Tensor row_importance = {};  // [N] what an error of a row costs; entropy-coded grids choose their steps by it; undefined = all the same
+  bool dense = false;    // no weight of this matrix goes, whatever LayerOptions::sparsity says
 };
 
 struct LayerResult {
@@ -41,6 +47,7 @@ struct LayerResult {
   std::string path;          // "rtn", "cholesky", "cholesky, damping raised", "float64", "diagonal"
   std::int64_t dead = 0;     // input columns that never fire
   double sweep_loss = 0;     // sum of e_j^2 of the sweep: tr(E H E^T) of the damped H
+  at::Tensor mask;           // [N,K] bool, false = became or stayed zero; undefined without LayerOptions::sparsity
   std::vector<double> objective;  // tr(E H E^T) of the damped H before and after every polish step
 };
 
@@ -51,14 +58,18 @@ LayerResult quantize_imatrix(const LayerInput& input, const GridSpec& spec, cons
 LayerResult quantize_hqq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // GPTQ (Frantar et al. 2022) with scales refitted on the compensated weights at the start of every group. With act_order
 // groups are visited by falling input energy and columns likewise inside a group, so that no index has to be stored.
+// With sparsity the same sweep prunes (SparseGPT, Frantar and Alistarh 2023, section 3.5): of every block of columns and 64 rows the
+// share of weights with the least w^2 / U_jj^2 goes, or of every m columns of a row all but n, and the columns to come make up for
+// both errors at once. Columns of a group then stay in their order for n:m.
 LayerResult quantize_gptq(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 // GPTQ towards the teacher's activations, then polish.
 LayerResult quantize_trifit(const LayerInput& input, const GridSpec& spec, const LayerOptions& options);
 
 // Alternates two exact subproblems in the metric of H, row by row: joint least squares of all scales of a row, and cyclic
 // coordinate descent over its codes. The objective never rises. Ends with stored (half) scales and one descent under them.
-// `weight` is the target; `hessian` must be positive definite on its diagonal (damped).
-void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec& spec, std::int64_t rounds, Quantized& quantized, std::vector<double>& objective);
+// `weight` is the target; `hessian` must be positive definite on its diagonal (damped). Codes of weights that `mask` [N,K] removes
+// must stand for zero and stay as they are.
+void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec& spec, std::int64_t rounds, Quantized& quantized, std::vector<double>& objective, const at::Tensor& mask = {});
 
 // W + alpha W (C - H)(H + damping)^-1: the weight whose product with the quantized prefix's inputs comes closest to W times
 // the teacher's inputs.

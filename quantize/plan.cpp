@@ -8,6 +8,7 @@
 #include "quantize/activation_rounding.h"
 #include "quantize/fake_quant.h"
 #include "quantize/kl_tune.h"
+#include "quantize/masked.h"
 #include "quantize/methods.h"
 #include "quantize/stage.h"
 #include "quantize/tensors.h"
@@ -74,6 +75,11 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.flag("bias_correction", options.bias_correction, "where a layer has a bias, codes are chosen for the covariance of its inputs and the bias takes the mean error");
   visitor.flag("spill", options.spill, "keep the activations of the calibration set on disk: less memory, a little slower");
   visitor.flag("layer_table", options.layer_table, "print the table of layers when the stage is done");
+  visitor.section("sparse", options.has_sparse, "gptq and trifit: single weights of linears in blocks become zero in the same sweep, whose later columns make up for both errors; masks are kept as those of prune.unstructured", [&](FieldVisitor& inner) {
+    inner.number("sparsity", options.sparse.sparsity, "share of the weights of every block of columns that becomes zero; 0 = the pattern says it", {.min = 0.0, .max = 0.99});
+    inner.text("pattern", options.sparse.pattern, "N:M, for example \"2:4\": of every M weights in a row N stay");
+    inner.texts("skip", options.sparse.skip, "patterns of linears that stay dense (* = anything)");
+  });
   visitor.section("block_tune", options.has_block_tune, "after the method, every block: roundings and scales by sign descent towards the float block's output", [&](FieldVisitor& inner) { fields(inner, options.block_tune); });
   visitor.choice("tune", options.tune, "after that, the whole model towards the teacher's predictions: scales and norms, or latent weights too; the best by held-out text is kept", tune_mode_names());
   visitor.section("tuning", options.has_tuning, "how tune goes about it", [&](FieldVisitor& inner) { fields(inner, options.tuning); });
@@ -99,6 +105,31 @@ void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Pro
     problems.add(Error(str("tuning moves every scale on its own, and those of grid \"", grid->name, "\" are integers times one factor a super-block")).at(key).given(str("weights: ", grid->name)).hint("leave the key out, or take a grid of this size with free scales, such as q4_0, q5_0 or q2_0"));
   if (options.tunes_model() && (config.family->encoder || config.is_classifier()))
     problems.add(Error("tuning towards the teacher's predictions works on decoders and calibration text").at(key).given(config.is_classifier() ? "a classifier" : "an encoder").hint("method: qad trains on labelled examples under the teacher; block_tune needs neither"));
+}
+
+void check_sparse(const ModelConfig& config, const QuantizeOptions& options, Problems& problems) {
+  if (!options.has_sparse) return;
+  const QuantizationMethod* method = find_quantization_method(options.method);
+  if (method && method->quantize != quantize_trifit)
+    problems.add(Error(str("method ", method->name, " has no sweep that could choose zeros")).at("quantize.sparse").given(str("method: ", method->name)).allowed("method: gptq or trifit").hint("take one of them, or put prune: {unstructured: ...} in front"));
+  if (options.has_budget) problems.add(Error("a budget does not foresee which weights become zero").at("quantize.sparse").given("budget").hint("choose the grids by weights and embedding, or put prune: {unstructured: ...} in front"));
+  if (options.tunes_model() || options.tunes_blocks()) problems.add(Error("tuning would fill the zeros again").at("quantize.sparse").given(options.tunes_model() ? "tune" : "block_tune").hint("leave one of the two out"));
+  SparsityPattern pattern;
+  try {
+    pattern = chosen_pattern(options.sparse, "quantize.sparse");
+    check_sparsity(config, options.sparse, "quantize.sparse");
+    Transformer shapes(config, 0, c10::Device(c10::kMeta));
+    dense_linears(shapes, options.sparse, "quantize.sparse");
+  } catch (Error& error) {
+    problems.add(error);
+    return;
+  }
+  const Grid* grid = find_grid(options.weights);
+  if (!grid) return;
+  const GridSpec spec{grid, options.group >= 0 && !grid->group_fixed ? options.group : grid->default_group};
+  if (!has_zero(spec)) problems.add(Error(str("the grid ", grid->name, " has no zero")).at("quantize.sparse").given(str("weights: ", grid->name)).allowed(grids_with_zero()));
+  if (const std::int64_t span = spec.span_for(0); pattern.grouped() && ((span > 0 && span % pattern.m != 0) || ((span == 0 || span > gptq_block) && gptq_block % pattern.m != 0)))
+    problems.add(Error(str("the pattern does not divide ", span > 0 && span % pattern.m != 0 ? grid_span_name(spec) : str("the ", gptq_block, " columns that the sweep takes at a time"))).at("quantize.sparse.pattern").given(pattern.text()).allowed("such as 2:4 or 4:8"));
 }
 
 void check_grid_training(const QuantizeOptions& options, std::optional<bool> classification, const std::string& place, Problems& problems) {
@@ -156,6 +187,7 @@ QuantizationPlan plan_quantization(const ModelConfig& config, const QuantizeOpti
   check_tuning(config, options, problems);
   check_activations(config, options, problems);
   check_method_keys(config, options, problems);
+  check_sparse(config, options, problems);
   problems.throw_if_any("the quantize stage cannot be planned");
 
   Transformer shape(basis_config(config, options.basis), 0, c10::Device(c10::kMeta));

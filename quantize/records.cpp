@@ -8,6 +8,7 @@
 #include "core/files.h"
 #include "core/text.h"
 #include "quantize/tensors.h"
+#include "train/mask.h"
 
 namespace kompakt {
 namespace {
@@ -42,13 +43,14 @@ std::optional<BlockRecords::Record> BlockRecords::load(std::int64_t layer, Trans
   if (saved.is_null()) throw Error("the record of a block is not complete").at(block_folder(layer).string()).hint("start the stage without --resume");
   check_identity(saved.at("identity"), identity_, file);
   load_state(file, records_vectors(model, layer));
-  return Record{load_quantized(block_folder(layer)), saved.at("layers")};
+  return Record{load_quantized(block_folder(layer)), saved.at("layers"), load_masks(block_folder(layer))};
 }
 
-void BlockRecords::save(std::int64_t layer, Transformer& model, const QuantizedModel& quantized, const Json& layers) const {
+void BlockRecords::save(std::int64_t layer, Transformer& model, const QuantizedModel& quantized, const Json& layers, const WeightMasks& masks) const {
   if (work_.empty()) return;
   AtomicFolder folder(block_folder(layer));
   save_quantized(quantized, folder.path());
+  save_masks(masks, folder.path());
   save_state(folder.path() / records_state, records_vectors(model, layer), Json{{"identity", identity_}, {"layers", layers}});
   folder.commit();
 }

@@ -20,10 +20,11 @@ class BlockRecords {
   struct Record {
     QuantizedModel quantized;  // of the block alone
     Json layers;               // its rows of the report
+    WeightMasks masks;         // of weights that became zero in the block
   };
   // The record of block `layer` with its norms and biases put into the model; nothing when there is none.
   std::optional<Record> load(std::int64_t layer, Transformer& model) const;
-  void save(std::int64_t layer, Transformer& model, const QuantizedModel& quantized, const Json& layers) const;
+  void save(std::int64_t layer, Transformer& model, const QuantizedModel& quantized, const Json& layers, const WeightMasks& masks) const;
 
   // Activations in front of a block. Saved at most every half minute: what lies between is computed again, which takes less.
   // The first block that they were saved for, or 0.

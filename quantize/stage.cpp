@@ -40,13 +40,14 @@ class QuantizeRun {
   QuantizeRun(Transformer& model, const QuantizeOptions& options, StageContext& context, const QuantizationPlan* plan, const TuningText& text)
       : model_(model), options_(options), context_(context), text_(text), method_(*find_quantization_method(options.method)), started_(std::chrono::steady_clock::now()) {
     result_.plan = plan ? *plan : plan_quantization(model.config(), options);
-    layer_options_ = {options.damping, options.act_order, 128, options.sweep_precision == "float64", options.teacher_target, options.polish_rounds};
+    layer_options_ = {options.damping, options.act_order, gptq_block, options.sweep_precision == "float64", options.teacher_target, options.polish_rounds};
     if (method_.name == "trifit") {
       if (layer_options_.teacher_target == 0) layer_options_.teacher_target = 0.5;
       if (layer_options_.polish_rounds == 0) layer_options_.polish_rounds = 4;
     }
     if (method_.needs_train && options.train.label_smoothing > 0)
       throw Error("label_smoothing would not be used").at(context.title).given(shortest(options.train.label_smoothing)).hint("write it into quantize.objective: {labels: cross_entropy, label_smoothing: ...}");
+    if (options.has_sparse) layer_options_.sparsity = chosen_pattern(options.sparse, context.title), dense_ = dense_linears(model, options.sparse, context.title);
     check_masks(result_.plan, context);
     for (const std::string& sentence : result_.plan.fallbacks) log_warning(str(context.title, ": ", sentence));
   }
@@ -173,6 +174,7 @@ class QuantizeRun {
           Json row;
           for (const Json& saved : record->layers)
             if (saved.at("layer") == name) row = saved;
+          if (const auto mask = record->masks.find(name); mask != record->masks.end()) context_.masks[name] = mask->second;
           store(find_quantizable(model_, name), record->quantized.plan.tensors.at(name), std::move(quantized), std::move(row));
         }
       } else {
@@ -218,7 +220,7 @@ class QuantizeRun {
       check_interrupted();
       LayerResult part;
       try {
-        part = method_.quantize({weight.slice(0, first, std::min(weight.size(0), first + chunk)), hessian, {}, factors}, spec, layer_options_);
+        part = method_.quantize({weight.slice(0, first, std::min(weight.size(0), first + chunk)), hessian, {}, factors, {}, {}, true}, spec, layer_options_);
       } catch (Error& error) {
         throw error.place().empty() ? error.at(tensor.name) : error;
       }
@@ -284,7 +286,7 @@ class QuantizeRun {
       Linear* linear = linears[i];
       const SecondMoments& moments = all_moments[std::min(i, all_moments.size() - 1)];
       const auto& factors = all_factors[std::min(i, all_factors.size() - 1)];
-      const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors, mask_of(linear->name), row_importance(linear->name)};
+      const LayerInput input{linear->weight.detach().to(at::kCPU), moments.hessian.to(at::kCPU), moments.cross.defined() ? moments.cross.to(at::kCPU) : at::Tensor(), factors, mask_of(linear->name), row_importance(linear->name), dense_.count(linear->name) > 0};
       const GridSpec& spec = result_.plan.tensors.at(linear->name);
       LayerResult layer_result;
       try {
@@ -292,9 +294,11 @@ class QuantizeRun {
       } catch (Error& error) {
         throw error.place().empty() ? error.at(linear->name) : error;
       }
-      if (input.mask.defined()) keep_zeros(spec, input.mask, layer_result.quantized);
+      if (layer_result.mask.defined()) context_.masks[linear->name] = layer_result.mask;
+      if (const at::Tensor mask = mask_of(linear->name); mask.defined()) keep_zeros(spec, mask, layer_result.quantized);
       Json row = describe_layer(linear->name, spec, input.weight, layer_result.quantized);
       describe_output(row, spec, input.weight, layer_result, moments);
+      if (layer_result.mask.defined()) row["sparsity"] = static_cast<double>(layer_result.mask.logical_not().sum().item<std::int64_t>()) / static_cast<double>(layer_result.mask.numel());
       if (const std::string& path = layer_result.path; path != "rtn" && (path.find("cholesky") != 0 || path.find(',') != std::string::npos))
         log_warning(str(context_.title, ": ", linear->name, ": ", path, " (damping ", shortest(layer_result.damping), ")"));
       if (correct_bias) row["bias_shift"] = shift_bias(*linear, decode(spec, layer_result.quantized), moments);
@@ -359,13 +363,15 @@ class QuantizeRun {
   void save_block(const BlockRecords& records, std::int64_t layer, std::size_t first_row) {
     QuantizedModel block;
     Json rows = Json::array();
+    WeightMasks masks;
     for (std::size_t i = first_row; i < layers_.size(); ++i) {
       const std::string name = layers_[i].at("layer");
       block.plan.tensors[name] = result_.plan.tensors.at(name);
       block.tensors[name] = result_.tensors.at(name);
       rows.push_back(layers_[i]);
+      if (layers_[i].contains("sparsity")) masks[name] = context_.masks.at(name);
     }
-    records.save(layer, model_, block, rows);
+    records.save(layer, model_, block, rows, masks);
   }
 
   std::int64_t packed_bytes() const {
@@ -410,6 +416,7 @@ class QuantizeRun {
     if (!blocks.empty()) details["blocks"] = blocks;
     if (!tuning_.is_null()) details["tuning"] = tuning_;
     details["layers"] = layers_;
+    if (layer_options_.sparsity) details["sparsity"] = sparsity_json(layers_, *layer_options_.sparsity, dense_);
     if (const auto unsteady = std::count_if(layers_.begin(), layers_.end(), halves_disagree); details.contains("calibration")) {
       details["calibration"]["layers_whose_halves_disagree"] = unsteady;
       if (unsteady > 0)
@@ -436,6 +443,7 @@ class QuantizeRun {
   std::unique_ptr<TeacherSource> own_teacher_;
   Json layers_ = Json::array(), tuning_;
   std::int64_t weights_ = 0;
+  std::set<std::string> dense_;  // linears that a sparsity leaves as they are
 };
 
 }  // namespace
@@ -453,6 +461,7 @@ QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, cons
   Problems problems;
   check_tuning(model.config(), options, problems);
   check_activations(model.config(), options, problems);
+  check_sparse(model.config(), options, problems);
   check_grid_training(options, context.data ? std::optional<bool>(context.data->kind == TaskData::Kind::classification) : std::nullopt, context.title, problems);
   problems.throw_if_any("the stage cannot run as it is asked to");
   if (!context.masks.empty() && (options.tunes_model() || options.tunes_blocks()))
@@ -470,7 +479,9 @@ QuantizedModel quantize(Transformer& model, const QuantizeOptions& options, cons
   }
   if (!plan) prepare_model(model, options, objectives, inner);  // who made a plan has done so before
   check_zeros(model, context, options.basis.basis);
-  return QuantizeRun(model, options, inner, plan, text).run(objectives);
+  QuantizedModel result = QuantizeRun(model, options, inner, plan, text).run(objectives);
+  context.masks = std::move(inner.masks);
+  return result;
 }
 
 }  // namespace kompakt

@@ -16,6 +16,7 @@
 #include "train/constraint.h"
 #include "train/context.h"
 #include "train/options.h"
+#include "train/sparsity.h"
 
 namespace kompakt {
 
@@ -76,6 +77,8 @@ struct QuantizeOptions {
   bool bias_correction = true;              // a bias takes the mean error of its layer's outputs
   bool spill = false;                       // activations of the calibration set in the working folder instead of in memory
   bool layer_table = false;                 // print the table of layers at the end
+  bool has_sparse = false;                  // single weights of linears in blocks become zero in the same sweep
+  SparsityOptions sparse;
   // tuning by gradients, on the grid
   bool has_block_tune = false;
   BlockTuneOptions block_tune;
@@ -105,6 +108,8 @@ struct QuantizationPlan {
 void check_tuning(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
 // Keys that the method would not use or the model has nothing for.
 void check_method_keys(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
+// A sparsity that the method, the grid, the model or another key does not allow.
+void check_sparse(const ModelConfig& config, const QuantizeOptions& options, Problems& problems);
 // Keys of a training on the grid that the method, the data or each other do not allow. `classification`: whether the run has class
 // labels, where that is known.
 void check_grid_training(const QuantizeOptions& options, std::optional<bool> classification, const std::string& place, Problems& problems);

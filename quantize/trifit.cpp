@@ -36,6 +36,7 @@ struct TrifitChunk {
   at::Tensor codes;     // [n,K] int8
   at::Tensor scales;    // [n,G]
   at::Tensor offsets;   // [n,G] or undefined
+  at::Tensor kept;      // [n,K] bool or undefined: false = its code stands for zero and stays
   std::int64_t group, groups, columns, rows;
 
   // Codes as they multiply the scale: an integer zero point belongs to the code.
@@ -165,6 +166,7 @@ std::pair<double, double> trifit_descend(TrifitChunk& c) {
   std::int8_t* codes = c.codes.data_ptr<std::int8_t>();
   const float* scales = c.scales.data_ptr<float>();
   const float* offsets = c.offsets.defined() ? c.offsets.data_ptr<float>() : nullptr;
+  const bool* kept = c.kept.defined() ? c.kept.const_data_ptr<bool>() : nullptr;
   const double before = lanes_dot(error.data_ptr<float>(), r, error.numel());
   double gained = 0;
   at::Tensor changes = at::empty({c.rows, block});
@@ -184,8 +186,8 @@ std::pair<double, double> trifit_descend(TrifitChunk& c) {
           scale = scales[row * c.groups + g], offset = offsets ? offsets[row * c.groups + g] : 0.0f;
           inverse = scale == 0 ? 0.0f : grid::inverse_scale(scale);
         }
-        if (scale == 0) continue;
         const std::int64_t at = row * columns + j;
+        if (scale == 0 || (kept && !kept[at])) continue;
         const float target = w[at] - rr[j] * inverse_diagonal[j];
         const float code = rule.nearest(target, inverse, offset);
         const float value = grid::decode_value(rule.value(code), scale, offset), delta = value - w[at];
@@ -217,11 +219,11 @@ std::pair<double, double> trifit_descend(TrifitChunk& c) {
 
 }  // namespace
 
-void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec& spec, std::int64_t rounds, Quantized& quantized, std::vector<double>& objective) {
+void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec& spec, std::int64_t rounds, Quantized& quantized, std::vector<double>& objective, const at::Tensor& mask) {
   at::NoGradGuard no_grad;
-  if (spec.grid->kquant) return kquant_polish(weight, hessian, spec, rounds, quantized, objective);
+  if (spec.grid->kquant) return kquant_polish(weight, hessian, spec, rounds, quantized, objective, mask);
   const std::int64_t rows = weight.size(0), columns = weight.size(1), group = spec.group_for(columns), groups = spec.scale_count(columns);
-  const at::Tensor h = hessian.to(at::kFloat).contiguous(), w = weight.to(at::kFloat).contiguous();
+  const at::Tensor h = hessian.to(at::kFloat).contiguous(), w = weight.to(at::kFloat).contiguous(), kept = mask.defined() ? mask.to(at::kCPU, at::kBool).contiguous() : at::Tensor();
   TrifitMetric metric{h, h.diagonal().reciprocal().contiguous(), {}, {}};
   if (spec.grid->asymmetric && !spec.grid->integer_zero) {
     std::vector<at::Tensor> sums;
@@ -243,7 +245,7 @@ void polish(const at::Tensor& weight, const at::Tensor& hessian, const GridSpec&
       const std::int64_t first = i * chunk, last = std::min(rows, first + chunk);
       const at::Tensor part = w.slice(0, first, last);
       TrifitChunk c{spec, metric, part, at::matmul(part, h), q.codes.slice(0, first, last).clone(), q.scales.slice(0, first, last).clone(),
-                    q.offsets.defined() ? q.offsets.slice(0, first, last).clone() : at::Tensor(), group, groups, columns, last - first};
+                    q.offsets.defined() ? q.offsets.slice(0, first, last).clone() : at::Tensor(), kept.defined() ? kept.slice(0, first, last) : at::Tensor(), group, groups, columns, last - first};
       double* out = history.data_ptr<double>() + i * steps;
       const auto descend = [&] {
         const auto [before, after] = trifit_descend(c);
@@ -331,7 +333,7 @@ LayerResult quantize_trifit(const LayerInput& input, const GridSpec& spec, const
   const double mean = damped.diagonal().mean().item<double>();
   damped.diagonal().masked_fill_(dead, 1).add_(std::max(options.damping, 1e-6) * mean);
   if (dead.any().item<bool>()) target.weight = target.weight.masked_fill(dead.unsqueeze(0), 0);
-  polish(target.weight, damped, spec, options.polish_rounds, result.quantized, result.objective);
+  polish(target.weight, damped, spec, options.polish_rounds, result.quantized, result.objective, result.mask.defined() ? result.mask : input.mask);
   return result;
 }
 

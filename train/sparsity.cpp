@@ -1,9 +1,13 @@
 #include "train/sparsity.h"
 
+#include <c10/core/Device.h>
+
+#include <algorithm>
 #include <cmath>
 
 #include "core/error.h"
 #include "core/text.h"
+#include "train/optimizer.h"
 
 namespace kompakt {
 
@@ -35,6 +39,43 @@ void check_pattern(const SparsityPattern& pattern, std::int64_t columns) {
     error.allowed(str("nearest: ", std::max<std::int64_t>(1, std::llround(kept)), ":", nearest));
   }
   throw error;
+}
+
+SparsityPattern chosen_pattern(const SparsityOptions& options, const std::string& key) {
+  if (options.pattern.empty() == (options.sparsity == 0))
+    throw Error(options.pattern.empty() ? "pruning single weights needs a sparsity or a pattern" : "sparsity and pattern say two different things").at(key).hint("write sparsity: 0.5, or pattern: \"2:4\"");
+  if (options.pattern.empty()) return {options.sparsity};
+  const std::optional<SparsityPattern> pattern = parse_pattern(options.pattern);
+  if (!pattern || pattern->n < 1 || pattern->n >= pattern->m)
+    throw Error("the pattern is not of the form N:M with N below M").at(key + ".pattern").given(options.pattern).allowed("such as 2:4 or 4:8").hint("of every M weights in a row N stay");
+  return *pattern;
+}
+
+std::set<std::string> dense_linears(Transformer& model, const SparsityOptions& options, const std::string& key) {
+  std::set<std::string> dense;
+  std::vector<std::string> names;
+  for (const Linear* linear : model.linears()) names.push_back(linear->name);
+  for (const std::string& pattern : options.skip) {
+    const std::size_t before = dense.size();
+    for (const std::string& name : names)
+      if (matches_pattern(name, pattern)) dense.insert(name);
+    if (dense.size() == before) throw Error(str("no linear of the blocks matches the pattern \"", pattern, "\"", did_you_mean(pattern, names))).at(key + ".skip").given(pattern).allowed(str("names such as ", names.front(), "; * stands for anything"));
+  }
+  if (dense.size() == names.size()) throw Error("every matrix is skipped: nothing is left to prune").at(key + ".skip").given(join(options.skip, ", "));
+  return dense;
+}
+
+void check_sparsity(const ModelConfig& config, const SparsityOptions& options, const std::string& key) {
+  const SparsityPattern pattern = chosen_pattern(options, key);
+  Transformer shapes(config, 0, c10::Device(c10::kMeta));
+  for (const Linear* linear : shapes.linears()) {
+    if (std::any_of(options.skip.begin(), options.skip.end(), [&](const std::string& skip) { return matches_pattern(linear->name, skip); })) continue;
+    try {
+      check_pattern(pattern, linear->in_features());
+    } catch (Error& error) {
+      throw error.at(linear->name);
+    }
+  }
 }
 
 }  // namespace kompakt

@@ -132,6 +132,26 @@ TEST_CASE("pruned weights stay zero through every later stage of a run, and in o
         }), {"keep_layers", "masks", "unstructured"}));
 }
 
+TEST_CASE("a stage that prunes while it quantizes: planned, exported with its zeros, reported", "[run]") {
+  TinySetting tiny;
+  tiny.write_recipe("\n  - finetune: {epochs: 1, batch_size: 8}\n  - quantize: {weights: int4, group: 32, method: trifit, sparse: {pattern: \"2:4\", skip: [\"*.query\"]}}\n  - export: {}\n  - evaluate: {latency: false}\n");
+  const Recipe recipe = read_recipe(tiny.recipe());
+  CHECK(contains_all(plan_table(recipe, predict_stages(recipe, load_data(recipe))), {"2:4 of the weights", "same sweep"}));
+  const fs::path out = tiny.out("a");
+  CHECK(run_recipe(recipe, {.out = out}).code == ExitCode::ok);
+  const WeightMasks masks = load_masks(out / "02-quantize");
+  CHECK(masks.size() == 15);
+  const auto model = open_any_model(out / "artifact");
+  for (const auto& [name, mask] : masks) {
+    CHECK(mask.reshape({-1, 4}).sum(1).eq(2).all().item<bool>());
+    CHECK(!model->find_linear(name)->weight.masked_select(mask.logical_not()).any().item<bool>());
+  }
+  const Json stages = read_json(out / "manifest.json").at("stages");
+  CHECK(stages.at(1).at("details").at("sparsity").at("layers").size() == 15);
+  CHECK(stages.at(2).at("details").at("reopened").begin().value().at("masked").at("matrices") == 15);
+  CHECK(contains_all(read_text(out / "report.md"), {"Masked weights", "after zstd", "50.0%"}));
+}
+
 TEST_CASE("gates decide the exit code", "[run]") {
   TinySetting tiny;
   tiny.write_recipe("\n  - finetune: {epochs: 0.1, batch_size: 8}\n  - export: {}\n  - evaluate: {latency: false}\n", "gates: [\"artifact.bytes <= 1\"]\n");
