@@ -33,7 +33,8 @@ std::size_t dataset_column(const std::string& wanted, const std::vector<std::str
 
 void read_table(const DataSource& source, const fs::path& file, std::vector<Record> records, std::vector<RawExample>& out) {
   if (records.empty()) return;
-  const auto text_number = parse_int(source.text), label_number = parse_int(source.label);
+  const bool labelled = source.format != "sentences";
+  const auto text_number = parse_int(source.text), label_number = labelled ? parse_int(source.label) : text_number;
   std::size_t text_column, label_column, first = 0, columns = records[0].cells.size();
   if (text_number && label_number) {
     for (const auto number : {*text_number, *label_number})
@@ -42,13 +43,13 @@ void read_table(const DataSource& source, const fs::path& file, std::vector<Reco
     label_column = static_cast<std::size_t>(*label_number - 1);
   } else {
     text_column = dataset_column(source.text, records[0].cells, dataset_place(file, records[0].line), "text");
-    label_column = dataset_column(source.label, records[0].cells, dataset_place(file, records[0].line), "label");
+    label_column = labelled ? dataset_column(source.label, records[0].cells, dataset_place(file, records[0].line), "label") : text_column;
     first = 1;
   }
   for (std::size_t i = first; i < records.size(); ++i) {
     Record& record = records[i];
     if (record.cells.size() != columns) throw Error(str("the line has ", record.cells.size(), " cells, the first one has ", columns)).at(dataset_place(file, record.line));
-    out.push_back({record.cells[text_column], record.cells[label_column], dataset_place(file, record.line)});
+    out.push_back({record.cells[text_column], labelled ? record.cells[label_column] : std::string(), dataset_place(file, record.line)});
   }
 }
 
@@ -58,6 +59,10 @@ void read_json_lines(const DataSource& source, const fs::path& file, const std::
     const std::string place = dataset_place(file, record.line);
     const Json json = parse_json(record.cells[0], place);
     if (!json.is_object()) throw Error("the line is not a JSON object").at(place);
+    if (source.format == "sentences") {
+      out.push_back({json_get<std::string>(json, source.text, place), std::string(), place});
+      continue;
+    }
     const Json label = json_get<Json>(json, source.label, place);
     if (!label.is_string() && !label.is_number_integer() && !label.is_boolean()) throw Error(str("the label is neither a text nor a whole number")).at(place).given(label.dump());
     out.push_back({json_get<std::string>(json, source.text, place), label.is_string() ? label.get<std::string>() : label.dump(), place});
@@ -97,6 +102,10 @@ void read_examples(const DataSource& source, const fs::path& base, const fs::pat
   if (extension == ".csv") return read_table(source, file, read_csv(text, ',', file.string()), out);
   if (extension == ".tsv") return read_table(source, file, read_tsv(text), out);
   if (extension == ".jsonl" || extension == ".ndjson" || extension == ".json") return read_json_lines(source, file, text, out);
+  if (source.format == "sentences") {
+    for (const Record& record : read_lines(text)) out.push_back({record.cells[0], std::string(), dataset_place(file, record.line)});
+    return;
+  }
   if (parse_int(source.text) && parse_int(source.label)) return read_table(source, file, read_tsv(text), out);
   if (source.label.size() == 1 && std::ispunct(static_cast<unsigned char>(source.label[0]))) return read_label_behind(file, text, source.label[0], out);
   if (ends_with(source.label, ".txt")) return read_parallel(file, text, base / source.label, out);
@@ -116,7 +125,7 @@ std::vector<std::string> sorted_labels(const std::vector<RawExample>& raw) {
 
 std::string set_hash(const ClassificationSet& set) {
   Sha256 hash;
-  for (const Example& example : set.examples) hash.update(str(example.text.size(), ":")).update(example.text).update(str(set.label_names[static_cast<std::size_t>(example.label)], "\n"));
+  for (const Example& example : set.examples) hash.update(str(example.text.size(), ":")).update(example.text).update(str(set.label_names.empty() ? std::string() : set.label_names[static_cast<std::size_t>(example.label)], "\n"));
   return hash.hex();
 }
 
@@ -128,7 +137,7 @@ void check_files(const DataSource& source, const fs::path& base) {
 
 void fields(FieldVisitor& visitor, DataSource& source) {
   visitor.texts("files", source.files, "files, relative to the recipe");
-  visitor.choice("format", source.format, "kind of data", {"classification", "text"});
+  visitor.choice("format", source.format, "kind of data: texts with labels; running text for language models; sentences = texts without labels, for encoders that embed (a column or key of a table, or lines)", {"classification", "text", "sentences"});
   visitor.text("text", source.text, "column or key of the text; a column number from 1 for files without a header");
   visitor.text("label", source.label, "column or key of the label; a number, a separator such as @ before the label, or a .txt file with one label a line");
   visitor.text("split", source.split, "where documents end in text files: empty = whole file, blank = at an empty line, line, or a text such as <|endoftext|>");
@@ -147,13 +156,18 @@ ClassificationSet read_classification(const DataSource& source, const fs::path& 
     if (raw.size() == before) throw Error("the file holds no example").at((base / name).string());
   }
   ClassificationSet set;
-  set.label_names = label_names.empty() ? sorted_labels(raw) : label_names;
+  const bool labelled = source.format != "sentences";
+  if (labelled) set.label_names = label_names.empty() ? sorted_labels(raw) : label_names;
   std::map<std::string, std::int64_t> index;
   for (std::size_t i = 0; i < set.label_names.size(); ++i) index[set.label_names[i]] = static_cast<std::int64_t>(i);
   Problems problems;
   for (RawExample& example : raw) {
     if (problems.size() >= 20) break;
     if (trim(example.text).empty()) problems.add(Error("the text is empty").at(example.place));
+    if (!labelled) {
+      set.examples.push_back({std::move(example.text), 0});
+      continue;
+    }
     if (example.label.empty()) problems.add(Error("the label is empty").at(example.place));
     const auto found = index.find(example.label);
     if (found == index.end()) {
@@ -169,7 +183,7 @@ ClassificationSet read_classification(const DataSource& source, const fs::path& 
 
 std::pair<ClassificationSet, ClassificationSet> hold_out(const ClassificationSet& set, double share, std::uint64_t seed) {
   if (!(share >= 0 && share < 1)) throw Error("the held-out share is out of range").given(shortest(share)).allowed("0 up to, not including, 1");
-  std::vector<std::vector<std::size_t>> by_label(set.label_names.size());
+  std::vector<std::vector<std::size_t>> by_label(std::max<std::size_t>(1, set.label_names.size()));  // without labels all are of one kind
   for (std::size_t i = 0; i < set.examples.size(); ++i) by_label[static_cast<std::size_t>(set.examples[i].label)].push_back(i);
   std::vector<bool> held(set.examples.size(), false);
   for (std::size_t label = 0; label < by_label.size(); ++label) {
@@ -178,7 +192,7 @@ std::pair<ClassificationSet, ClassificationSet> hold_out(const ClassificationSet
     auto count = static_cast<std::size_t>(share * static_cast<double>(members.size()) + 0.5);
     if (share > 0 && members.size() >= 2) count = std::clamp<std::size_t>(count, 1, members.size() - 1);
     else count = 0;
-    const auto order = CounterRandom(seed, "hold-out/" + set.label_names[label]).permutation(static_cast<std::int64_t>(members.size()));
+    const auto order = CounterRandom(seed, set.label_names.empty() ? std::string("hold-out") : "hold-out/" + set.label_names[label]).permutation(static_cast<std::int64_t>(members.size()));
     for (std::size_t i = 0; i < count; ++i) held[members[static_cast<std::size_t>(order[i])]] = true;
   }
   std::pair<ClassificationSet, ClassificationSet> out;

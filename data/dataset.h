@@ -13,7 +13,7 @@ namespace kompakt {
 // One entry of a recipe's `data:` map. Files are relative to the recipe.
 struct DataSource {
   std::vector<std::string> files;
-  std::string format = "classification";  // classification | text
+  std::string format = "classification";  // classification | text | sentences
   std::string text = "text";              // column or key with the text
   std::string label = "label";            // column or key with the label
   std::string split;                      // text format: "" = whole file is one document, "blank" = documents end at an empty line, "line", "<|endoftext|>"
@@ -37,10 +37,10 @@ struct ClassificationSet {
 
 // Reads all files (CSV with a header line, quoted fields, CRLF; TSV; JSON lines; "label text" lines of TREC).
 // `label_names`: when not empty the labels must be among them (a label in test that train lacks is an Error with file:line);
-// when empty they are collected and sorted. Errors with file:line: missing column, empty text, empty set, invalid UTF-8.
+// when empty they are collected and sorted. Of format `sentences`: texts without labels, all numbered 0, without names; other files hold a text a line. Errors with file:line: missing column, empty text, empty set, invalid UTF-8.
 ClassificationSet read_classification(const DataSource& source, const std::filesystem::path& base, const std::vector<std::string>& label_names = {});
 
-// Stratified split by CounterRandom(seed): first = kept, second = held out. Deterministic.
+// Stratified split (without labels a plain one) by CounterRandom(seed): first = kept, second = held out. Deterministic.
 std::pair<ClassificationSet, ClassificationSet> hold_out(const ClassificationSet& set, double share, std::uint64_t seed);
 
 // Documents of a text source, in order.

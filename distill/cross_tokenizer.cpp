@@ -136,8 +136,9 @@ Tensor CrossTokenizerObjective::loss(const ObjectiveInput& input, std::vector<Lo
   const InputTransform& transform = input.student.lm_head.input_transform;
   const HeadWeights head = head_weights(input.student);
   const Tensor hidden = (transform ? transform(input.hidden) : input.hidden).flatten(0, 1);
-  const Tensor value = alignment.spans == 0 ? hidden.sum() * 0
-                                            : row_->evaluate(alignment, {hidden, head.weight, head.bias}, {teacher.hidden.flatten(0, 1), teacher.head_weight, teacher.head_bias}, temperature_);
+  const Tensor mean = alignment.spans == 0 ? hidden.sum() * 0
+                                           : row_->evaluate(alignment, {hidden, head.weight, head.bias}, {teacher.hidden.flatten(0, 1), teacher.head_weight, teacher.head_bias}, temperature_);
+  const Tensor value = input.weight == 1 ? mean : mean * input.weight;
   const Tensor mask = objective_token_mask(input);
   parts.push_back({std::string("cross_") + std::string(row_->name), value});
   parts.push_back({"aligned_spans", at::full({}, static_cast<double>(alignment.spans), hidden.options().dtype(at::kFloat)) / mask.sum().clamp_min(1)});

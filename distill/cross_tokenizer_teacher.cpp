@@ -60,7 +60,40 @@ class CrossTokenizerTeacher final : public TeacherSource {
   const ModelConfig& config() const override { return live_->config(); }
   std::string fingerprint() const override { return sha256(live_->fingerprint() + student_.tokenizer.fingerprint() + teacher_.tokenizer.fingerprint()); }
 
+  std::int64_t aligned_spans(const TokenBatch& batch) override {
+    counted_.push_back(align_batch(batch));
+    return counted_.back().alignment->spans;
+  }
+
   TeacherTargets targets(const TokenBatch& batch) override {
+    const auto found = std::find_if(counted_.begin(), counted_.end(), [&](const Aligned& a) { return a.ids == batch.ids && a.documents == batch.documents && a.prompts == batch.prompts; });
+    const Aligned aligned = found == counted_.end() ? align_batch(batch) : std::move(*found);
+    if (found != counted_.end()) counted_.erase(found);
+    TeacherTargets out = live_->targets(aligned.own);
+    out.alignment = aligned.alignment;
+    return out;
+  }
+
+ private:
+  struct Side {
+    const Tokenizer& tokenizer;
+    std::vector<std::string> table;  // bytes of every id
+    bool dummy = false;
+    std::int64_t end() const { return tokenizer.special().eos; }
+  };
+  struct Document {
+    std::int64_t row = 0, student_start = 0, teacher_start = 0;
+    SpelledText student, teacher;
+    std::vector<TokenSpan> spans;
+  };
+  // A batch of the student's tokens, told by its ids, documents and prompts, in the teacher's.
+  struct Aligned {
+    std::vector<std::int64_t> ids, documents, prompts;
+    TokenBatch own;
+    std::shared_ptr<const TextAlignment> alignment;
+  };
+
+  Aligned align_batch(const TokenBatch& batch) const {
     std::vector<Document> documents = read(batch);
     TokenBatch own;
     own.rows = batch.rows;
@@ -90,25 +123,10 @@ class CrossTokenizerTeacher final : public TeacherSource {
       const std::int64_t prompt = batch.prompts.empty() ? 0 : batch.prompts[static_cast<std::size_t>(document.row)] - document.student_start;
       builder.add(document.spans, document.student.ids, document.row * batch.columns + document.student_start, document.teacher.ids, place, prompt);
     }
-    TeacherTargets out = live_->targets(own);
     auto alignment = std::make_shared<TextAlignment>(builder.finish(device_));
     alignment->student_shared = student_shared_, alignment->teacher_shared = teacher_shared_;
-    out.alignment = std::move(alignment);
-    return out;
+    return {batch.ids, batch.documents, batch.prompts, std::move(own), std::move(alignment)};
   }
-
- private:
-  struct Side {
-    const Tokenizer& tokenizer;
-    std::vector<std::string> table;  // bytes of every id
-    bool dummy = false;
-    std::int64_t end() const { return tokenizer.special().eos; }
-  };
-  struct Document {
-    std::int64_t row = 0, student_start = 0, teacher_start = 0;
-    SpelledText student, teacher;
-    std::vector<TokenSpan> spans;
-  };
 
   std::vector<Document> read(const TokenBatch& batch) const {
     std::vector<Document> out;
@@ -158,6 +176,7 @@ class CrossTokenizerTeacher final : public TeacherSource {
   Side student_, teacher_;
   c10::Device device_;
   at::Tensor student_shared_, teacher_shared_;
+  std::vector<Aligned> counted_;  // whose spans were asked for and whose targets were not yet
 };
 
 }  // namespace

@@ -24,9 +24,10 @@ std::int64_t logit_columns(const TeacherTargets& teacher) {
 
 }  // namespace
 
-std::int64_t shared_logits(std::int64_t student, std::int64_t teacher) {
-  if (student == teacher) return 0;
-  if (std::abs(student - teacher) < 512 && std::min(student, teacher) > 1024) return std::min(student, teacher);
+std::int64_t shared_logits(std::int64_t student, std::int64_t teacher, std::int64_t tokens) {
+  const std::int64_t rows = std::min(student, teacher), shared = tokens > 0 ? std::min(rows, tokens) : rows;
+  if (student == teacher) return shared < rows ? shared : 0;
+  if (std::abs(student - teacher) < 512 && rows > 1024) return shared;
   throw Error(str("student and teacher do not share a vocabulary or label set: ", student, " and ", teacher, " logits")).hint("use hidden or relation losses and labels, or a teacher with the same tokenizer and labels");
 }
 
@@ -37,14 +38,16 @@ Tensor LogitObjective::loss(const ObjectiveInput& input, std::vector<LossPart>& 
   if (input.batch.labels.empty()) frame.mask = objective_token_mask(input).reshape({-1});
   LogitMeans means;
   if (input.logits.defined() && teacher.logits.defined()) {
-    frame.vocabulary = shared_logits(input.logits.size(-1), teacher.logits.size(-1));
+    frame.vocabulary = shared_logits(input.logits.size(-1), teacher.logits.size(-1), tokens_);
     means = logit_terms(terms_, input.logits, teacher.logits, frame);
   } else {
     const InputTransform& transform = input.student.lm_head.input_transform;
     const HeadWeights head = head_weights(input.student);
     const Tensor hidden = transform ? transform(input.hidden) : input.hidden;
-    frame.vocabulary = shared_logits(head.weight.size(0), logit_columns(teacher));
     const SparseTargets& s = teacher.sparse;
+    const std::int64_t rows_of_head = head.weight.size(0), columns = logit_columns(teacher);
+    const bool real = s.ids.defined() && columns == tokens_ && columns < rows_of_head;  // the cache has left the padding out
+    frame.vocabulary = real ? columns : shared_logits(rows_of_head, columns, tokens_);
     const SparseTargets rows{logit_rows(s.ids), logit_rows(s.log_p), logit_rows(s.log_rest), logit_rows(s.draws), logit_rows(s.draw_log_p), s.vocabulary};
     const FusedTeacher source{logit_rows(teacher.logits), logit_rows(teacher.hidden), teacher.head_weight, teacher.head_bias, s.ids.defined() ? &rows : nullptr};
     means = fused_linear_terms(terms_, hidden.flatten(0, 1), head.weight, head.bias, source, frame);

@@ -36,7 +36,7 @@ const TeacherTargets& objective_teacher(const ObjectiveInput& input);
 // All `logits:` items of a list: one pass over the vocabulary computes their sum.
 class LogitObjective final : public Objective {
  public:
-  explicit LogitObjective(bool decoder) : decoder_(decoder) {}
+  LogitObjective(bool decoder, std::int64_t tokens) : decoder_(decoder), tokens_(tokens) {}
   void add(const ObjectiveItem& item) { terms_.push_back({find_logit_loss(item.name), item.logits, item.weight}); }
   bool needs_teacher() const override { return true; }
   bool needs_logits() const override { return !decoder_; }
@@ -46,6 +46,7 @@ class LogitObjective final : public Objective {
  private:
   std::vector<LogitTerm> terms_;
   bool decoder_;
+  std::int64_t tokens_;
 };
 
 // One row of cross_losses().
@@ -54,6 +55,8 @@ class CrossTokenizerObjective final : public Objective {
   explicit CrossTokenizerObjective(const ObjectiveItem& item);
   bool needs_teacher() const override { return true; }
   bool needs_logits() const override { return false; }
+  bool counts_comparisons() const override { return true; }
+  std::int64_t comparisons(const TokenBatch& batch, TeacherSource& teacher) const override { return teacher.aligned_spans(batch); }
   // Parts: the loss, and aligned spans per token that is learned.
   at::Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) override;
 

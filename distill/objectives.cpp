@@ -14,6 +14,7 @@
 #include "distill/losses.h"
 #include "distill/objective_item.h"
 #include "distill/stage.h"
+#include "model/families.h"
 #include "train/targets.h"
 
 namespace kompakt {
@@ -121,7 +122,7 @@ void objective_add(const ObjectiveItem& item, ObjectiveList& list) { list.push_b
 // Logit losses share one pass over the vocabulary.
 void objective_add_logits(const ObjectiveItem& item, ObjectiveList& list) {
   const auto found = std::find_if(list.begin(), list.end(), [](const auto& objective) { return dynamic_cast<LogitObjective*>(objective.get()) != nullptr; });
-  const std::shared_ptr<LogitObjective> sum = found == list.end() ? std::make_shared<LogitObjective>(item.shapes.decoder) : std::static_pointer_cast<LogitObjective>(*found);
+  const std::shared_ptr<LogitObjective> sum = found == list.end() ? std::make_shared<LogitObjective>(item.shapes.decoder, item.shapes.tokens) : std::static_pointer_cast<LogitObjective>(*found);
   if (found == list.end()) list.push_back(sum);
   sum->add(item);
 }
@@ -280,7 +281,8 @@ void objective_check_cache(const ObjectiveKind& kind, const ObjectiveItem& item,
 void objective_check_text(const ObjectiveKind& kind, const ObjectiveItem& item, Problems& problems) {
   const ObjectiveShapes& shapes = item.shapes;
   const auto refuse = [&](const std::string& what, const std::string& hint) { problems.add(Error(what).at(item.place.text()).given(str(kind.key, ": ", item.name)).hint(hint)); };
-  if (kind.text == ObjectiveKind::Text::decoder && shapes.student_hidden > 0 && !shapes.decoder) refuse("this objective is for text, and the student is a classifier", "use logits, hidden, relation or labels");
+  if (shapes.embeds && (kind.names == logit_loss_names || kind.names == objective_label_names)) refuse("this objective is for predictions, and an encoder without classes makes none", "use embedding, hidden or relation");
+  else if (kind.text == ObjectiveKind::Text::decoder && shapes.student_hidden > 0 && !shapes.decoder) refuse("this objective is for text, and the student is a classifier", "use logits, hidden, relation or labels");
   else if (kind.add == objective_add<PolicyObjective> && !shapes.sampled) refuse("this objective learns from texts that the student writes", "add on_policy with lambda above 0 to the stage distill, or remove it");
   else if (kind.add == objective_add<CrossTokenizerObjective> && !shapes.crossed) refuse("a teacher with another tokenizer is for the stage distill", "move this objective there");
   else if (kind.tokens && shapes.crossed) refuse("this objective compares token by token, which a teacher with another tokenizer does not allow", "beside cross_tokenizer use labels alone");
@@ -333,13 +335,18 @@ std::vector<std::shared_ptr<Objective>> build_objectives(const Node& list, const
 }
 
 ObjectiveShapes objective_shapes(const ModelConfig& student, const ModelConfig& teacher, std::uint64_t seed) {
-  ObjectiveShapes shapes{student.hidden, teacher.hidden, !student.is_classifier(), false, seed};
+  ObjectiveShapes shapes{student.hidden, teacher.hidden, !student.is_classifier() && !student.family->encoder, false, seed};
+  shapes.embeds = student.family->encoder && !student.is_classifier();
   const auto heads = [](const ModelConfig& config) { return ObjectiveShapes::Heads{config.heads, config.kv_heads, config.head_dim}; };
   shapes.student_heads = heads(student), shapes.teacher_heads = heads(teacher);
   return shapes;
 }
 
-std::shared_ptr<Objective> divergence_monitor(bool decoder) { return std::make_shared<LogitObjective>(decoder); }
+std::shared_ptr<Objective> divergence_monitor(bool decoder, std::int64_t tokens) { return std::make_shared<LogitObjective>(decoder, tokens); }
+
+Node default_objective(const ModelConfig& model) {
+  return model.family->encoder && !model.is_classifier() ? parse_yaml("[{embedding: cosine}]", "default objective") : default_objective(model.is_classifier());
+}
 
 Node default_objective(bool classifier) {
   const auto item = [](std::vector<std::pair<std::string, std::string>> pairs) {

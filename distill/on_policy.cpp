@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
 #include <map>
 
 #include "core/error.h"
@@ -15,6 +16,7 @@
 #include "core/text.h"
 #include "model/checkpoint.h"
 #include "model/generate.h"
+#include "train/data_parallel.h"
 #include "train/step_batches.h"
 
 namespace kompakt {
@@ -47,6 +49,7 @@ class CompletionSampler : public BatchSampler {
     options.max_new_tokens = options_.max_new_tokens;
     options.temperature = options_.temperature;
     options.top_p = options_.top_p;
+    if (frame_.data.tokenizer) options.vocabulary = frame_.data.tokenizer->vocab_size();
     if (end_ >= 0) options.stop = {end_};
     return generate_batch(model, prompts, options, seeds);
   }
@@ -65,6 +68,13 @@ class CompletionSampler : public BatchSampler {
       const auto place = out.ids.begin() + static_cast<std::ptrdiff_t>(r) * out.columns;
       std::copy(texts[r].begin(), texts[r].end(), std::copy(prompts[r].begin(), prompts[r].end(), place));
     }
+    return out;
+  }
+
+  // Texts of `count` micro batches, each written by one rank: token ids are a few bytes beside what they cost.
+  std::vector<std::vector<Tokens>> shared(std::size_t count, const std::function<std::vector<Tokens>(std::size_t)>& write) const {
+    std::vector<std::vector<Tokens>> out;
+    for (const std::string& texts : by_turns(frame_.ranks, count, [&](std::size_t i) { return Json(write(i)).dump(); })) out.push_back(parse_json(texts, "written texts").get<std::vector<Tokens>>());
     return out;
   }
 
@@ -124,17 +134,20 @@ class OnPolicySampler final : public CompletionSampler {
     if (!(CounterRandom(frame().seed, "on-policy").uniform(static_cast<std::uint64_t>(step)) < lambda_)) return;
     const auto start = std::chrono::steady_clock::now();
     std::int64_t tokens = 0, rows = 0, complete = 0;
-    for (TokenBatch& batch : batches) {
-      std::vector<Tokens> prompts;
+    const auto stream = [&](std::int64_t row) { return str("on-policy/", step, "/", row); };
+    std::vector<std::vector<Tokens>> prompts;
+    for (const TokenBatch& batch : batches) {
+      prompts.emplace_back();
+      for (std::int64_t r = 0; r < batch.rows; ++r) prompts.back().push_back(prompt(batch, r, stream(batch.examples.at(static_cast<std::size_t>(r)))));
+    }
+    const std::vector<std::vector<Tokens>> written = shared(batches.size(), [&](std::size_t i) {
       std::vector<std::uint64_t> seeds;
-      for (std::int64_t r = 0; r < batch.rows; ++r) {
-        const std::string stream = str("on-policy/", step, "/", batch.examples.at(static_cast<std::size_t>(r)));
-        prompts.push_back(prompt(batch, r, stream));
-        seeds.push_back(CounterRandom(frame().seed, stream).key());
-      }
-      const std::vector<Tokens> texts = write(model, prompts, seeds);
-      batch = joined(batch, prompts, texts);
-      for (const Tokens& text : texts) tokens += static_cast<std::int64_t>(text.size()), complete += ended(text), ++rows;
+      for (std::size_t r = 0; r < prompts[i].size(); ++r) seeds.push_back(CounterRandom(frame().seed, stream(batches[i].examples[r])).key());
+      return write(model, prompts[i], seeds);
+    });
+    for (std::size_t i = 0; i < batches.size(); ++i) {
+      batches[i] = joined(batches[i], prompts[i], written[i]);
+      for (const Tokens& text : written[i]) tokens += static_cast<std::int64_t>(text.size()), complete += ended(text), ++rows;
     }
     const double seconds = std::max(1e-9, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     log_metric("sampled", {{"stage", frame().title}, {"step", step + 1}, {"tokens", tokens}, {"tokens_per_second", static_cast<double>(tokens) / seconds},
@@ -162,45 +175,55 @@ class TeacherTextSampler final : public CompletionSampler {
   }
 
   void sample(const Transformer&, std::int64_t, std::vector<TokenBatch>& batches) override {
-    for (TokenBatch& batch : batches) {
-      std::vector<Tokens> prompts, texts;
-      bool known = true;
-      for (std::int64_t r = 0; r < batch.rows; ++r) {
-        const std::int64_t row = batch.examples.at(static_cast<std::size_t>(r));
-        prompts.push_back(prompt(batch, r, str("teacher-text/", row)));
-        known = known && texts_.count(row);
-      }
-      if (!known) complete(batch, prompts);
-      for (const std::int64_t row : batch.examples) texts.push_back(texts_.at(row));
-      batch = joined(batch, prompts, texts);
+    std::vector<std::vector<Tokens>> prompts;
+    for (const TokenBatch& batch : batches) {
+      prompts.emplace_back();
+      for (std::int64_t r = 0; r < batch.rows; ++r) prompts.back().push_back(prompt(batch, r, str("teacher-text/", batch.examples.at(static_cast<std::size_t>(r)))));
     }
+    const std::vector<std::vector<Tokens>> written = shared(batches.size(), [&](std::size_t i) {
+      const std::vector<std::int64_t>& rows = batches[i].examples;
+      if (std::any_of(rows.begin(), rows.end(), [&](std::int64_t row) { return !texts_.count(row); })) return complete(batches[i], prompts[i]);
+      std::vector<Tokens> texts;
+      for (const std::int64_t row : rows) texts.push_back(texts_.at(row));
+      return texts;
+    });
+    keep(batches, written);
+    for (std::size_t i = 0; i < batches.size(); ++i) batches[i] = joined(batches[i], prompts[i], written[i]);
   }
 
   Json identity() const override { return {{"teacher_text", key_}}; }
 
  private:
-  // All rows of the batch, so that what is written does not depend on which of them a killed run had finished.
-  void complete(const TokenBatch& batch, const std::vector<Tokens>& prompts) {
+  // All rows of the batch, so that what is written does not depend on which of them a killed run had finished; of those that were there, what is kept.
+  std::vector<Tokens> complete(const TokenBatch& batch, const std::vector<Tokens>& prompts) const {
     std::vector<std::uint64_t> seeds;
     for (const std::int64_t row : batch.examples) seeds.push_back(CounterRandom(frame().seed, str("teacher-text/", row)).key());
     const auto start = std::chrono::steady_clock::now();
-    const std::vector<Tokens> texts = write(*teacher_, prompts, seeds);
+    std::vector<Tokens> texts = write(*teacher_, prompts, seeds);
     std::int64_t tokens = 0;
-    std::string lines;
     for (std::size_t r = 0; r < texts.size(); ++r) {
       tokens += static_cast<std::int64_t>(texts[r].size());
-      if (!texts_.emplace(batch.examples[r], texts[r]).second) continue;
-      std::vector<std::string> numbers{std::to_string(batch.examples[r])};
-      for (const std::int64_t id : texts[r]) numbers.push_back(std::to_string(id));
-      lines += join(numbers, " ") + "\n";
-    }
-    if (frame().writes) {
-      std::ofstream out(file_, std::ios::app | std::ios::binary);
-      out << lines << std::flush;
-      if (!out) throw Error("the teacher's texts cannot be written", ExitCode::resource).at(file_.string()).hint("free space or choose another store");
+      if (const auto found = texts_.find(batch.examples[r]); found != texts_.end()) texts[r] = found->second;
     }
     const double seconds = std::max(1e-9, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     log_metric("sampled", {{"stage", frame().title}, {"by", "teacher"}, {"tokens", tokens}, {"tokens_per_second", static_cast<double>(tokens) / seconds}, {"mean_length", static_cast<double>(tokens) / static_cast<double>(texts.size())}});
+    return texts;
+  }
+
+  void keep(const std::vector<TokenBatch>& batches, const std::vector<std::vector<Tokens>>& written) {
+    std::string lines;
+    for (std::size_t i = 0; i < batches.size(); ++i) {
+      for (std::size_t r = 0; r < written[i].size(); ++r) {
+        if (!texts_.emplace(batches[i].examples[r], written[i][r]).second) continue;
+        std::vector<std::string> numbers{std::to_string(batches[i].examples[r])};
+        for (const std::int64_t id : written[i][r]) numbers.push_back(std::to_string(id));
+        lines += join(numbers, " ") + "\n";
+      }
+    }
+    if (lines.empty() || !leads(frame().ranks)) return;
+    std::ofstream out(file_, std::ios::app | std::ios::binary);
+    out << lines << std::flush;
+    if (!out) throw Error("the teacher's texts cannot be written", ExitCode::resource).at(file_.string()).hint("free space or choose another store");
   }
 
   // "row id id ..." a line; what follows the last line end was not finished.
@@ -208,7 +231,7 @@ class TeacherTextSampler final : public CompletionSampler {
     if (!std::filesystem::exists(file_)) return;
     const std::string all = read_text(file_);
     const std::size_t whole = all.rfind('\n') == std::string::npos ? 0 : all.rfind('\n') + 1;
-    if (whole < all.size() && frame().writes) std::filesystem::resize_file(file_, whole);
+    if (whole < all.size() && leads(frame().ranks)) std::filesystem::resize_file(file_, whole);
     for (std::size_t at = 0; at < whole;) {
       const std::size_t end = all.find('\n', at);
       Tokens numbers;

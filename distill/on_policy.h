@@ -13,6 +13,8 @@
 
 namespace kompakt {
 
+class Collective;
+
 struct CompletionOptions {
   std::int64_t max_new_tokens = 128;
   double temperature = 0.9;  // 0 = the likeliest token
@@ -38,10 +40,11 @@ struct SamplerFrame {
   std::int64_t sequence_length = 0;
   std::uint64_t seed = 0;
   std::string title;  // of the stage, for metrics
-  bool writes = true;  // false: another rank of the job keeps the files
+  Collective* ranks = nullptr;  // that share the writing; null = one process
 };
 // One decision a step, with probability lambda: then every row is a prompt from the data and what the student, with the weights of that
 // step, writes after it. Draws are a function of (seed, step, row). Writes a metric "sampled" for each such step.
+// Of several ranks each writes for its share of the step's micro batches, here and below, and then all have all texts.
 std::unique_ptr<BatchSampler> on_policy_sampler(const OnPolicyOptions& options, const ModelConfig& student, SamplerFrame frame);
 // Every row is replaced by a prompt and the teacher's completion, a function of (seed, row, and the rows of its batch as far as rounding goes),
 // written when first asked for and kept in `folder`/texts-<key>.txt, so that a later run reads it.

@@ -11,13 +11,16 @@
 
 namespace kompakt {
 
-void fields(FieldVisitor& visitor, DistillOptions& options) {
-  bool student = !options.student.keep_layers.empty() || !options.student.layer_map.empty() || !options.student.model.empty() || !options.student.config.empty();
+void fields(FieldVisitor& visitor, DistillOptions& options) { fields(visitor, options, false, {}); }
+
+void fields(FieldVisitor& visitor, DistillOptions& options, bool more, const std::function<void(FieldVisitor&)>& more_of_student) {
+  bool student = more || !options.student.keep_layers.empty() || !options.student.layer_map.empty() || !options.student.model.empty() || !options.student.config.empty();
   visitor.section("student", student, "how the student is made from the teacher", [&](FieldVisitor& inner) {
     inner.integers("keep_layers", options.student.keep_layers, "teacher layers that the student copies, from 0; empty = all", {.min = 0.0});
     inner.integers("layer_map", options.student.layer_map, "teacher layer whose output each student layer must match; empty = the last dropped layer behind each copied one", {.min = 0.0});
     inner.text("config", options.student.config, "text: config.json of a decoder that starts from random weights, with the teacher's tokenizer; empty = made from the teacher");
     inner.text("model", options.student.model, "text: folder or GGUF file of another model that is the student, with its own tokenizer; empty = made from the teacher");
+    if (more_of_student) more_of_student(inner);
   });
   visitor.subtree("objective", options.objective, "list of losses, each {kind: row, weight, ...}: logits, hidden, relation, embedding, labels, cross_tokenizer, policy");
   visitor.section("cache", options.has_cache, "text: keep the teacher's likeliest tokens on disk instead of running it at every step", [&](FieldVisitor& inner) {
@@ -40,10 +43,10 @@ bool distill_has(const Node& list, std::string_view key) {
   return list.is_list() && std::any_of(list.items.begin(), list.items.end(), [&](const Node& item) { return item.is_map() && item.find(key); });
 }
 
-Node distill_default(const DistillOptions& options, bool classifier) {
+Node distill_default(const DistillOptions& options, const ModelConfig& student, bool classifier) {
   if (distill_samples(options)) return parse_yaml("[{logits: generalized_jsd, beta: 0.5}]", "default objective");
   if (options.has_teacher_text) return parse_yaml("[{labels: cross_entropy}]", "default objective");
-  return default_objective(classifier);
+  return classifier ? default_objective(student) : default_objective(false);
 }
 
 // Whether the divergence is measured on its own: the teacher runs for other values, and both models predict the same things.
@@ -109,7 +112,7 @@ void check_distill(const DistillOptions& options, bool classification, const Pla
 }
 
 void check_distill_models(const DistillOptions& options, const ModelConfig& student, const ModelConfig& teacher, const std::vector<std::int64_t>& layer_map, bool classification, Problems& problems) {
-  const Node list = options.objective.is_null() ? distill_default(options, classification) : options.objective;
+  const Node list = options.objective.is_null() ? distill_default(options, student, classification) : options.objective;
   distill_objectives(list, layer_map, distill_shapes(options, list, student, teacher, classification, 0), student, teacher, problems);
 }
 
@@ -126,12 +129,13 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
 
   context.layer_map = map;
   const bool classifier = context.data->kind == TaskData::Kind::classification;
-  const Node list = options.objective.is_null() ? distill_default(options, classifier) : options.objective;
+  const Node list = options.objective.is_null() ? distill_default(options, student.config(), classifier) : options.objective;
   Problems problems;
-  const ObjectiveShapes shapes = distill_shapes(options, list, student.config(), teacher, classifier, context.seed);
+  ObjectiveShapes shapes = distill_shapes(options, list, student.config(), teacher, classifier, context.seed);
+  if (!classifier && context.data->tokenizer) shapes.tokens = context.data->tokenizer->vocab_size();
   auto objectives = distill_objectives(list, map, shapes, student.config(), teacher, problems);
   problems.throw_if_any("the objectives of the stage distill have mistakes");
-  if (distill_monitored(list, student.config(), teacher, shapes)) objectives.push_back(divergence_monitor(!classifier));
+  if (distill_monitored(list, student.config(), teacher, shapes)) objectives.push_back(divergence_monitor(!classifier, shapes.tokens));
 
   if (context.details) {
     (*context.details)["objective"] = to_json(list);
@@ -142,7 +146,7 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
   if (!distill_samples(options)) return train(student, options.train, objectives, {}, context);
   ModelConfig limits = student.config();  // the teacher reads the texts too
   if (teacher.max_positions > 0 && !shapes.crossed) limits.max_positions = limits.max_positions > 0 ? std::min(limits.max_positions, teacher.max_positions) : teacher.max_positions;
-  const auto sampler = on_policy_sampler(options.on_policy, limits, {*context.data, options.train.sequence_length, context.seed, context.title});
+  const auto sampler = on_policy_sampler(options.on_policy, limits, {*context.data, options.train.sequence_length, context.seed, context.title, context.ranks});
   context.sampler = sampler.get();
   struct Restore {
     StageContext& context;

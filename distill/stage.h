@@ -1,6 +1,7 @@
 // The stage `distill`: a student made from the teacher, trained under it.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -32,6 +33,8 @@ struct DistillOptions {
   TrainOptions train;
 };
 void fields(FieldVisitor& visitor, DistillOptions& options);
+// With more fields in the section `student`; `more`: some of them stand in the recipe.
+void fields(FieldVisitor& visitor, DistillOptions& options, bool more, const std::function<void(FieldVisitor&)>& student);
 // What the fields alone cannot say: objectives, a cache with an odd number of draws, of class labels, or with losses that need more than it
 // holds, texts written by a model of classes or under a cache.
 void check_distill(const DistillOptions& options, bool classification, const Place& place, Problems& problems);
@@ -52,6 +55,8 @@ struct ObjectiveShapes {
   struct Heads {                                        // of queries, and of keys and values
     std::int64_t query = 0, key = 0, size = 0;
   } student_heads, teacher_heads;
+  bool embeds = false;                                  // an encoder without classes on texts without labels
+  std::int64_t tokens = 0;                              // decoders: ids of the tokenizer; rows of the heads behind them are padding; 0 = not known
 };
 // Objectives from a recipe's list. `layer_map[i]` = teacher layer (from 0) whose output student layer i must match.
 // Mistakes are collected with their places. A layer map that is empty stands for "not known yet": layers are not checked.
@@ -61,13 +66,16 @@ bool crosses_tokenizers(const Node& objective);
 ObjectiveShapes objective_shapes(const ModelConfig& student, const ModelConfig& teacher, std::uint64_t seed);
 inline ObjectiveShapes objective_shapes(const Transformer& student, const ModelConfig& teacher, std::uint64_t seed) { return objective_shapes(student.config(), teacher, seed); }
 // Logs forward and reverse KL beside objectives that look at other values of the teacher (hidden states, relations, embeddings); teaches nothing.
-std::shared_ptr<Objective> divergence_monitor(bool decoder);
-// Columns of logits that both have: 0 = all, else the smaller number where the rest can be padding (at most a rounding to a multiple of
-// 512). Error where it is another vocabulary or label set.
-std::int64_t shared_logits(std::int64_t student, std::int64_t teacher);
+std::shared_ptr<Objective> divergence_monitor(bool decoder, std::int64_t tokens = 0);
+// Columns of logits that are compared: those of the `tokens` of the tokenizer (0 = unknown: all that both have); rows of a head behind them are
+// padding, whether or not both have equally many. 0 = all columns. Error where it is another vocabulary or label set: the numbers differ by more
+// than a rounding to a multiple of 512.
+std::int64_t shared_logits(std::int64_t student, std::int64_t teacher, std::int64_t tokens = 0);
 // The list that stands for an absent one. Classifier: 0.5 x label cross entropy + T^2 KL at T = 2 + 10 x hidden MSE;
 // text: forward KL at T = 1, which is what evaluation measures.
 Node default_objective(bool classifier);
+// That of a model: of an encoder without classes 1 - cosine of the pooled vectors.
+Node default_objective(const ModelConfig& model);
 // Kinds of objectives and their options, for `explain` and documentation: key, names of the rows, fields.
 struct ObjectiveKindInfo {
   std::string key, summary;

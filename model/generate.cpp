@@ -65,6 +65,7 @@ std::int64_t generate_sample(std::span<const float> logits, const GenerateOption
 }
 
 std::int64_t generate_next(std::span<const float> logits, const GenerateOptions& options, const CounterRandom& random, std::size_t step) {
+  if (options.vocabulary > 0) logits = logits.first(std::min(logits.size(), static_cast<std::size_t>(options.vocabulary)));
   return options.temperature == 0 ? generate_argmax(logits) : generate_sample(logits, options, random.uniform(step));
 }
 

@@ -15,6 +15,7 @@ struct GenerateOptions {
   std::int64_t top_k = 0;  // 0 = all
   double top_p = 1;
   std::uint64_t seed = 0;
+  std::int64_t vocabulary = 0;     // only ids below this are written: rows of the head behind the tokenizer's are padding; 0 = all
   std::vector<std::int64_t> stop;  // token ids that end the text (not returned)
 };
 

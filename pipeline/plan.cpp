@@ -12,6 +12,7 @@
 #include "core/text.h"
 #include "export/exporters.h"
 #include "model/checkpoint.h"
+#include "model/families.h"
 #include "pipeline/budget_target.h"
 #include "pipeline/describe.h"
 #include "pipeline/stages.h"
@@ -125,7 +126,9 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
 
   // The teacher in float stays in memory beside the model of every stage after the one that made it; one that is no classifier
   // yet is not loaded for classification.
-  std::int64_t teacher_bytes = recipe.is_classification() && !input.teacher.is_classifier() ? 0 : count_parameters(input.teacher).total * 4;
+  std::int64_t teacher_bytes = recipe.has_labels() && !input.teacher.is_classifier() ? 0 : count_parameters(input.teacher).total * 4;
+  if (recipe.is_classification() && !recipe.has_labels() && (input.teacher.is_classifier() || !input.teacher.family->encoder))
+    throw Error("texts without labels train encoders that give a vector for each").at("data").given(input.teacher.is_classifier() ? "a classifier" : std::string(input.teacher.family->name)).hint("give the data labels (format: classification) or running text (format: text)");
   input.labels = &tokenized->task.labels;
   PlannedModel model;
   model.config = input.teacher;

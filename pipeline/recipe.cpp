@@ -150,6 +150,17 @@ void read_stages(const Node& node, Recipe& recipe, Problems& problems) {
 
 bool has_kind(const Recipe& recipe) { return recipe.find_data("train") || recipe.find_data("test") || recipe.find_data("dev"); }
 
+// Texts without labels, for encoders: what would ask for labels.
+void check_sentences(const Recipe& recipe, Problems& problems) {
+  for (const auto& [name, source] : recipe.data)
+    if (name != "calibration" && source.format != "sentences") problems.add(Error(str("data set \"", name, "\" is of another kind than the other data")).at(recipe.file).given(source.format).allowed("sentences").hint("give it the same format"));
+  for (const char* name : {"previous", "rehearsal"})
+    if (recipe.find_data(name)) problems.add(Error(str("data set \"", name, "\" is for labels and for running text")).at(recipe.file).given("format: sentences").hint("remove it"));
+  for (const RecipeStage& stage : recipe.stages)
+    if (stage.row->name == "finetune" || stage.row->name == "search" || stage.row->name == "tune")
+      problems.add(Error(str("stage \"", stage.row->name, "\" needs labels or running text, and the data are sentences")).at(stage.place.text()).given("format: sentences").allowed("distill, prune, quantize, export, evaluate"));
+}
+
 // What one key alone cannot tell: stages without the data or the order that they need.
 void check_together(const Recipe& recipe, Problems& problems) {
   const bool has_train = recipe.find_data("train");
@@ -160,6 +171,7 @@ void check_together(const Recipe& recipe, Problems& problems) {
     exported = exported || stage.row->name == "export";
   }
   const DataSource *previous = recipe.find_data("previous"), *rehearsal = recipe.find_data("rehearsal");
+  if (recipe.is_classification() && !recipe.has_labels()) check_sentences(recipe, problems);
   if (rehearsal && !has_train) problems.add(Error("data set \"rehearsal\" is mixed into training data, and there are none").at(recipe.file).hint("add data: {train: {files: [...], ...}}, or remove rehearsal"));
   if (rehearsal && rehearsal->format == "text" && recipe.rehearsal_share > 0) problems.add(Error("rehearsal.share is for classification").at(recipe.file).given(shortest(recipe.rehearsal_share)).hint("of text, rehearsal.tokens says how much is mixed in"));
   for (const auto& [name, source] : {std::pair("previous", previous), std::pair("rehearsal", rehearsal)}) {
@@ -201,6 +213,12 @@ const DataSource* Recipe::find_data(const std::string& name) const {
 }
 
 bool Recipe::is_classification() const {
+  for (const char* name : {"train", "test", "dev", "previous"})
+    if (const DataSource* source = find_data(name)) return source->format != "text";
+  return false;
+}
+
+bool Recipe::has_labels() const {
   for (const char* name : {"train", "test", "dev", "previous"})
     if (const DataSource* source = find_data(name)) return source->format == "classification";
   return false;

@@ -41,7 +41,8 @@ struct Recipe {
   Node resolved;                     // with every default written out
   std::filesystem::path path_of(const std::string& relative) const;
   const DataSource* find_data(const std::string& name) const;
-  bool is_classification() const;    // the train (or test) data are labelled texts
+  bool is_classification() const;    // the train (or test) data are texts of their own, with labels or without
+  bool has_labels() const;           // and they have labels
 };
 
 // Reads, applies --set assignments, checks everything that needs no data: unknown keys, types, ranges, names, gates' grammar,

@@ -158,9 +158,10 @@ TokenizedData& RunSession::data_for(const std::shared_ptr<const Tokenizer>& toke
 
 TeacherSource* RunSession::teacher_source() {
   load_teacher();
-  if (data_.kind == TaskData::Kind::classification && !teacher_->config().is_classifier()) return nullptr;  // not yet fit for the task
+  const bool labels = recipe_.has_labels();
+  if (labels && !teacher_->config().is_classifier()) return nullptr;  // not yet fit for the task
   if (!teacher_source_ || teacher_source_key_ != teacher_position_.key) {
-    if (data_.kind == TaskData::Kind::classification) {
+    if (labels) {
       const TokenizedData& tokenized = data_for(teacher_tokenizer_, teacher_->config());
       teacher_source_ = cached_teacher(teacher_, tokenized.task.train, std::max<std::int64_t>(teacher_tokenizer_->special().pad, 0), store_.root() / "teacher-outputs");
     } else {
@@ -266,7 +267,7 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
   } else {
     Store::link_into(*entry, target);
     move_on(stage, key, *entry, record);
-    if (manifest_["teacher"].is_null() && (stage.row->name == "finetune" || data_.kind == TaskData::Kind::text)) {
+    if (manifest_["teacher"].is_null() && (stage.row->name == "finetune" || !recipe_.has_labels())) {
       manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
     }
     record["model"] = stage.row->name == "finetune" ? manifest_["teacher"] : measure_model(stage.title, key, *entry, false);
@@ -369,7 +370,7 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
     if (text && !is_teacher && !comparable) out["nulls"]["kl"] = "the teacher has another tokenizer";
     if (evaluate_.cascade && artifact && teacher_scores_ && !text && !scores.test.labels.empty()) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
   } else {
-    out["nulls"] = Json{{"accuracy", data_.has_test() ? "the model has no classifier" : "the recipe has no test data"}};
+    out["nulls"] = Json{{"accuracy", data_.has_test() ? recipe_.has_labels() ? "the model has no classifier" : "the texts have no labels" : "the recipe has no test data"}};
   }
   if (is_teacher) {
     teacher_scores_ = scores;

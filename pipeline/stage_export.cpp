@@ -35,6 +35,7 @@ TokenizedExamples proof_examples(const TaskData& data, std::int64_t count) {
 double proof_difference_text(const Transformer& trained, const Transformer& reopened, const TaskData& data, std::int64_t count, std::int64_t& checked) {
   const at::NoGradGuard no_grad;
   std::vector<std::vector<std::int64_t>> windows = !data.calibration.empty() ? data.calibration : data.heldout;
+  if (windows.empty()) windows = proof_examples(data, count).ids;  // of an encoder without classes
   if (windows.empty()) {  // no text at all: ids spread over the vocabulary
     std::vector<std::int64_t> ids;
     for (std::int64_t i = 0; i < 64; ++i) ids.push_back(i * 7919 % trained.config().vocab);

@@ -13,7 +13,6 @@
 #include "distill/cross_tokenizer.h"
 #include "distill/stage.h"
 #include "distill/vocabularies.h"
-#include "distributed/collective.h"
 #include "export/exporters.h"
 #include "model/checkpoint.h"
 #include "model/families.h"
@@ -24,6 +23,7 @@
 #include "pipeline/shape_target.h"
 #include "pipeline/stage_options.h"
 #include "pipeline/store.h"
+#include "pipeline/student_width.h"
 #include "pipeline/task_data.h"
 #include "prune/shape_planner.h"
 #include "prune/stage.h"
@@ -62,7 +62,7 @@ Node check_stage(const Node& node, const std::string& context, Problems& problem
   Options options;
   read_fields(node, context, problems, [&](FieldVisitor& v) { fields(v, options); });
   if constexpr (requires { options.objective; }) {
-    if constexpr (std::is_same_v<Options, DistillOptions>) check_distill(options, false, node.place, problems);
+    if constexpr (std::is_same_v<Options, DistillRecipe>) check_distill(options, false, node.place, problems), check_width(options, node.place, problems);
     else if (!options.objective.is_null()) build_objectives(options.objective, {}, problems);
   }
   if constexpr (std::is_same_v<Options, QuantizeOptions>) {
@@ -119,7 +119,7 @@ bool asks_teacher(const Node& objective) {
 }
 
 void plan_teacher_tokens(const PlanInput& input, const Node& objective, const PlannedModel& model, const std::string& stage) {
-  if (model.other_tokens && !input.recipe.is_classification() && asks_teacher(objective)) refuse_other_tokens(stage);
+  if (model.other_tokens && !input.recipe.has_labels() && asks_teacher(objective)) refuse_other_tokens(stage);
 }
 
 // Objectives of a stage that trains; the teacher layer that each student layer follows comes from the distillation before.
@@ -127,16 +127,17 @@ std::vector<std::shared_ptr<Objective>> stage_objectives(const Node& list, Stage
   Node chosen = list;
   if (chosen.is_null()) {
     // Without a teacher that is fit for the task there are only the labels.
-    if (run.context.teacher) chosen = default_objective(run.current.model->config().is_classifier());
+    if (run.context.teacher) chosen = default_objective(run.current.model->config());
     else chosen = parse_yaml("[{labels: cross_entropy, weight: 1}]", "default objective");
   }
   Problems problems;
   if (run.context.layer_map.empty() && run.context.teacher && run.context.teacher->config().layers == run.current.model->config().layers)
     for (std::int64_t layer = 0; layer < run.current.model->config().layers; ++layer) run.context.layer_map.push_back(layer);
-  const ObjectiveShapes shapes = run.context.teacher ? objective_shapes(*run.current.model, run.context.teacher->config(), run.context.seed) : ObjectiveShapes{};
+  ObjectiveShapes shapes = run.context.teacher ? objective_shapes(*run.current.model, run.context.teacher->config(), run.context.seed) : ObjectiveShapes{};
+  if (shapes.decoder) shapes.tokens = run.current.tokenizer->vocab_size();
   auto objectives = build_objectives(chosen, run.context.layer_map, problems, shapes);
   problems.throw_if_any("the objective is not valid");
-  if (run.context.teacher && run.context.data->kind == TaskData::Kind::text && run.teacher_tokenizer && run.teacher_tokenizer->fingerprint() != run.current.tokenizer->fingerprint() &&
+  if (run.context.teacher && !run.recipe.has_labels() && run.teacher_tokenizer && run.teacher_tokenizer->fingerprint() != run.current.tokenizer->fingerprint() &&
       std::any_of(objectives.begin(), objectives.end(), [](const auto& row) { return row->needs_teacher(); }))
     refuse_other_tokens(run.context.title);
   for (const auto& objective : objectives)
@@ -185,8 +186,8 @@ ModelConfig random_student(const StudentOptions& options, const Recipe& recipe) 
 }
 
 // With what only the task decides, which the check of the recipe does not know.
-DistillOptions read_distill(const Node& node, bool classification) {
-  const auto options = read_stage<DistillOptions>(node);
+DistillRecipe read_distill(const Node& node, bool classification) {
+  const auto options = read_stage<DistillRecipe>(node);
   Problems problems;
   check_distill(options, classification, node.place, problems);
   problems.throw_if_any("the stage's options are not valid");
@@ -195,8 +196,9 @@ DistillOptions read_distill(const Node& node, bool classification) {
 
 void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model) {
   set_rounding(model.config, RuntimeRounding());
-  const DistillOptions options = read_distill(node, input.recipe.is_classification());
+  const DistillRecipe options = read_distill(node, input.recipe.is_classification());
   if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
+  if (options.has_width) plan_width_cut(options.width, input, model);
   if (!options.student.config.empty()) {
     model.config = random_student(options.student, input.recipe);
     if (input.tokenizer && !model.other_tokens) check_tokenizer_fits(*input.tokenizer, model.config, input.recipe.path_of(options.student.config).string());
@@ -230,7 +232,7 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
 
 void run_distill(const Node& node, StageRun& run) {
   set_rounding(*run.current.model, RuntimeRounding());
-  const DistillOptions options = read_distill(node, run.context.data->kind == TaskData::Kind::classification);
+  const DistillRecipe options = read_distill(node, run.context.data->kind == TaskData::Kind::classification);
   const std::int64_t before = run.current.model->config().layers;
   std::unique_ptr<TokenizedData> own;  // the data in the tokens of a student that is another model
   if (!options.student.model.empty()) {
@@ -251,6 +253,7 @@ void run_distill(const Node& node, StageRun& run) {
     run.context.masks.clear();
     run.context.layer_map = other_layer_map(options.student, config, run.teacher->config());
   }
+  if (options.has_width) prune(*run.current.model, width_cut(options.width, run.current.model->config()), {}, run.context);
   if (!options.student.keep_layers.empty()) {
     refuse_masks(run.context, "keep_layers makes a model of other layers");
     // Layers are counted in the teacher; the teacher's weights are where the student starts.
@@ -269,13 +272,13 @@ void run_distill(const Node& node, StageRun& run) {
   }
   if (options.has_cache) {
     SparseCacheOptions cache = options.cache;
-    if (run.current.model->config().vocab < run.teacher->config().vocab) cache.columns = shared_logits(run.current.model->config().vocab, run.teacher->config().vocab);
+    cache.columns = shared_logits(run.current.model->config().vocab, run.teacher->config().vocab, run.current.tokenizer->vocab_size());
     source = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, cache, outputs);
   }
   if (source) run.context.teacher = source.get();
   std::unique_ptr<BatchSampler> writer;
   if (options.has_teacher_text) {
-    writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title, !run.context.ranks || run.context.ranks->leader()});
+    writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title, run.context.ranks});
     run.context.sampler = writer.get();
   }
   distill(*run.current.model, options, run.context);
@@ -461,7 +464,7 @@ EvaluateOptions evaluate_options(const Recipe& recipe) {
 std::span<const StageRow> stage_rows() {
   static constexpr std::array<StageRow, 8> rows = {{
       {"finetune", "trains the model on the labels; the result is the teacher of the stages after it", true, false, true, describe_stage<FinetuneOptions>, check_stage<FinetuneOptions>, plan_finetune, run_finetune},
-      {"distill", "trains a smaller student under the teacher", true, true, true, describe_stage<DistillOptions>, check_stage<DistillOptions>, plan_distill, run_distill},
+      {"distill", "trains a smaller student under the teacher", true, true, true, describe_stage<DistillRecipe>, check_stage<DistillRecipe>, plan_distill, run_distill},
       {"prune", "removes neurons, heads, layers and vocabulary for real", false, false, true, describe_stage<PruneOptions>, check_stage<PruneOptions>, plan_prune, run_prune},
       {"quantize", "puts the weights on a grid of few values, after training or while training", false, false, true, describe_stage<QuantizeOptions>, check_stage<QuantizeOptions>, plan_quantize, run_quantize},
       {"export", "writes the artifact, reopens it and proves that it computes the same", false, false, false, describe_stage<ExportOptions>, check_stage<ExportOptions>, plan_export, run_export},
@@ -488,7 +491,7 @@ bool works_by_blocks(const RecipeStage& stage) {
 std::vector<TrainOptions> shared_trainings(const RecipeStage& stage) {
   std::vector<TrainOptions> out;
   if (stage.row->name == "finetune") out.push_back(read_stage<FinetuneOptions>(stage.options).train);
-  if (stage.row->name == "distill") out.push_back(read_stage<DistillOptions>(stage.options).train);
+  if (stage.row->name == "distill") out.push_back(read_stage<DistillRecipe>(stage.options).train);
   if (stage.row->name == "prune") {
     const auto options = read_stage<PruneOptions>(stage.options);
     if (options.has_recover) out.push_back(options.recover);

@@ -50,6 +50,12 @@ void warn_of_repeats(const ClassificationSet& trained, const ClassificationSet& 
 void load_examples(const Recipe& recipe, LoadedData& data) {
   const auto source = [&](const char* name) { return recipe.find_data(name); };
   std::vector<std::string> labels;
+  if (!recipe.has_labels()) {
+    for (const auto& [name, set] : {std::pair("train", &data.train), std::pair("dev", &data.dev), std::pair("test", &data.test)})
+      if (source(name)) *set = read_classification(*source(name), recipe.base);
+    if (const DataSource* train = source("train"); train && train->holdout > 0 && !source("dev")) std::tie(data.train, data.dev) = hold_out(data.train, train->holdout, recipe.seed);
+    return;
+  }
   if (const DataSource* train = source("train")) {
     data.train = read_classification(*train, recipe.base);
     labels = continued_labels(recipe, data.train.label_names);

@@ -15,6 +15,7 @@
 #include "core/log.h"
 #include "core/random.h"
 #include "core/text.h"
+#include "model/families.h"
 #include "prune/channels.h"
 #include "train/step_batches.h"
 #include "train/targets.h"
@@ -302,10 +303,19 @@ std::vector<std::string> channel_criterion_names() {
   return names;
 }
 
+void check_criterion_loss(const Criterion& criterion, const ModelConfig& config) {
+  if (!criterion.needs_gradients || !config.family->encoder || config.is_classifier()) return;
+  std::vector<std::string> others;
+  for (const Criterion& row : criteria_table)
+    if (!row.needs_gradients) others.emplace_back(row.name);
+  throw Error(str("the criterion ", criterion.name, " needs gradients of a loss, and an encoder without classes has none")).at("criterion").given(std::string(criterion.name)).allowed(join(others, ", "));
+}
+
 namespace {
 
 void criteria_check(const Criterion& criterion, Transformer& model, const std::vector<TokenBatch>& batches) {
   if (criterion.needs_data && batches.empty()) throw Error(str("the criterion ", criterion.name, " needs data to measure on, and there is none")).hint("give training or calibration data, or use the criterion magnitude");
+  check_criterion_loss(criterion, model.config());
   if (criterion.needs_gradients) {
     for (const Linear* linear : model.linears())
       if (linear->transform || linear->input_transform)

@@ -41,6 +41,9 @@ const Criterion* find_criterion(std::string_view name);
 std::vector<std::string> criterion_names();
 std::vector<std::string> channel_criterion_names();  // those that measure channels
 
+// Error where the criterion needs the loss of predictions that a model of this shape does not make.
+void check_criterion_loss(const Criterion& criterion, const ModelConfig& config);
+
 // Runs a row after checking what it needs: Error where the model has weight transforms or there is no data.
 UnitScores measure_units(const Criterion& criterion, Transformer& model, const std::vector<TokenBatch>& batches, std::uint64_t seed);
 

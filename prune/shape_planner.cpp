@@ -155,14 +155,14 @@ std::vector<ShapeAxis> plan_shapes(const ModelConfig& config, const PruneOptions
     axes.push_back(std::move(axis));
   };
   if (options.has_structured) {
-    ShapeAxis widths{"feed-forward width", "structured.ffn", config.ffn, str("multiples of ", options.multiple_of, held), {}};
+    ShapeAxis widths{"feed-forward width", "structured.ffn", config.ffn, str(options.multiple_of == 1 ? std::string("any number") : str("multiples of ", options.multiple_of), held), {}};
     for (const std::int64_t width : valid_widths(config, options.multiple_of, target)) widths.choices.push_back({width, 0, 1, {}, width == after.ffn});
     finish(std::move(widths), [](ModelConfig& shape, const ShapeChoice& choice) { shape.ffn = choice.value; });
     ShapeAxis heads{"attention heads", "structured.heads", config.heads, str(config.heads == config.kv_heads ? "any number" : "whole key/value groups, or equally many of each", held), {}};
     for (const HeadPlan& plan : valid_heads(config, target)) heads.choices.push_back({plan.heads, plan.kv_heads, 1, {}, plan.heads == after.heads});
     finish(std::move(heads), [](ModelConfig& shape, const ShapeChoice& choice) { shape.heads = choice.value, shape.kv_heads = choice.kv_heads; });
     if (after.hidden < config.hidden) {
-      ShapeAxis hidden{"hidden size", "structured.hidden", config.hidden, str("multiples of ", options.multiple_of, held), {}};
+      ShapeAxis hidden{"hidden size", "structured.hidden", config.hidden, str(options.multiple_of == 1 ? std::string("any number") : str("multiples of ", options.multiple_of), held), {}};
       for (const std::int64_t width : valid_hidden(config, options.multiple_of, target)) hidden.choices.push_back({width, 0, 1, {}, width == after.hidden});
       finish(std::move(hidden), [](ModelConfig& shape, const ShapeChoice& choice) { shape.hidden = choice.value; });
     }

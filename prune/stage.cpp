@@ -197,6 +197,20 @@ void stage_cut(Transformer& model, const PruneOptions& options, StageContext& co
 
 }  // namespace
 
+void channel_fields(FieldVisitor& visitor, StructuredOptions& options) {
+  visitor.choice("hidden_by", options.hidden_by, "channels chosen by criterion (select), or the stream rotated to its principal components, of which the first stay (rotate)", {"select", "rotate"});
+  visitor.flag("untie", options.untie, "hidden_by rotate: give a tied head a matrix of its own, without which the stream cannot be rotated");
+}
+
+void importance_fields(FieldVisitor& visitor, PruneOptions& options) {
+  visitor.choice("criterion", options.criterion, "importance of a neuron, a head or a selected channel", criterion_names());
+  visitor.integer("samples", options.samples, "training examples or calibration windows that importance is measured on", {.min = 1.0});
+}
+
+void compensate_field(FieldVisitor& visitor, PruneOptions& options) {
+  visitor.choice("compensate", options.compensate, "least-squares refit after the cut: of output and down projections, and of what reads a narrower stream, to their own outputs (ls), or to the residual stream of the uncut model, removed layers included (stream)", {"none", "ls", "stream"});
+}
+
 void fields(FieldVisitor& visitor, PruneOptions& options) {
   visitor.section("structured", options.has_structured, "neurons, heads, layers and channels that are really removed", [&](FieldVisitor& inner) {
     inner.number("ffn", options.structured.ffn, "share of feed-forward neurons kept", {.min = 0.0, .max = 1.0, .open_min = true});
@@ -204,8 +218,7 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
     inner.integer("layers", options.structured.layers, "layers to remove", {.min = 0.0});
     inner.choice("depth", options.structured.depth, "which layers go", depth_criterion_names());
     inner.number("hidden", options.structured.hidden, "share of the hidden size kept: channels of the residual stream (decoders)", {.min = 0.0, .max = 1.0, .open_min = true});
-    inner.choice("hidden_by", options.structured.hidden_by, "channels chosen by criterion (select), or the stream rotated to its principal components, of which the first stay (rotate)", {"select", "rotate"});
-    inner.flag("untie", options.structured.untie, "hidden_by rotate: give a tied head a matrix of its own, without which the stream cannot be rotated");
+    channel_fields(inner, options.structured);
   });
   visitor.section("unstructured", options.has_unstructured, "single weights set to zero; the masks are kept by every later stage", [&](FieldVisitor& inner) { fields(inner, options.unstructured); });
   visitor.section("vocabulary", options.has_vocabulary, "rows of the embedding that no training text uses are removed, the tokenizer is rewritten", [&](FieldVisitor& inner) {
@@ -213,10 +226,9 @@ void fields(FieldVisitor& visitor, PruneOptions& options) {
     inner.integer("max_positions", options.vocabulary.max_positions, "rows of learned position embeddings to keep: the longest text in tokens; 0 = all", {.min = 0.0});
     inner.integer("multiple_of", options.vocabulary.multiple_of, "fill the kept ids up to a multiple of this, with the lowest of those that would go", {.min = 1.0});
   });
-  visitor.choice("criterion", options.criterion, "importance of a neuron, a head or a selected channel", criterion_names());
-  visitor.integer("samples", options.samples, "training examples or calibration windows that importance is measured on", {.min = 1.0});
+  importance_fields(visitor, options);
   visitor.integer("multiple_of", options.multiple_of, "feed-forward width and hidden size are rounded to a multiple (256 suits all GGUF types)", {.min = 1.0});
-  visitor.choice("compensate", options.compensate, "least-squares refit after the cut: of output and down projections, and of what reads a narrower stream, to their own outputs (ls), or to the residual stream of the uncut model, removed layers included (stream)", {"none", "ls", "stream"});
+  compensate_field(visitor, options);
   visitor.section("schedule", options.has_schedule, "the sparsity of unstructured grows during the recovery, by magnitude, instead of at once before it", [&](FieldVisitor& inner) { fields(inner, options.schedule); });
   visitor.section("recover", options.has_recover, "training after the cut", [&](FieldVisitor& inner) { fields(inner, options.recover); });
   visitor.subtree("objective", options.objective, "objectives of the recovery, as in distill");
@@ -251,6 +263,7 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
   if (structured.layers > 0 && structured.layers >= config.layers)
     throw Error(str("removing ", structured.layers, " of ", config.layers, " layers leaves nothing")).at("structured.layers").given(str(structured.layers)).allowed(str("0 to ", config.layers - 1));
   out = with_layers(std::move(out), config.layers - structured.layers);  // which layers go is known after measuring
+  if (const Criterion* criterion = find_criterion(options.criterion); criterion && (structured.ffn < 1 || structured.heads < 1 || (structured.hidden < 1 && structured.hidden_by == "select"))) check_criterion_loss(*criterion, config);
   out.ffn = plan_width(config.ffn, structured.ffn, options.multiple_of);
   const HeadPlan heads = plan_heads(config.heads, config.kv_heads, structured.heads);
   out.heads = heads.heads;

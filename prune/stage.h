@@ -52,6 +52,10 @@ struct PruneOptions {
   Node objective;                     // of the recovery, as in distill
 };
 void fields(FieldVisitor& visitor, PruneOptions& options);
+// Parts of these that other cuts have too: hidden_by and untie; criterion and samples; compensate.
+void channel_fields(FieldVisitor& visitor, StructuredOptions& options);
+void importance_fields(FieldVisitor& visitor, PruneOptions& options);
+void compensate_field(FieldVisitor& visitor, PruneOptions& options);
 
 // Shape after the stage, for `plan` and for the check of the recipe: Error with the nearest valid value where it does not divide.
 ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options);

@@ -28,7 +28,7 @@ struct CostForward {
 };
 CostForward cost_forward(const ModelConfig& config, double sequence) {
   const ParameterCount count = count_parameters(config);
-  const double head = config.is_classifier() || !config.tied ? 0 : static_cast<double>(config.vocab * config.hidden);  // an untied head is counted already
+  const double head = config.is_classifier() || config.family->encoder || !config.tied ? 0 : static_cast<double>(config.vocab * config.hidden);  // an untied head is counted already
   const double untied = config.is_classifier() || config.tied || config.family->encoder ? 0 : static_cast<double>(config.vocab * config.hidden);
   CostForward out;
   out.layers = static_cast<double>(std::max<std::int64_t>(config.layers, 1));
@@ -52,7 +52,7 @@ bool cost_frozen(const ModelConfig& config, const TrainOptions& options, std::in
 }  // namespace
 
 TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, std::int64_t examples, double tokens_per_example, std::int64_t touched_vocabulary, const ModelConfig* teacher) {
-  const bool classifier = config.is_classifier();
+  const bool classifier = config.is_classifier() || config.family->encoder;  // texts of their own, no logits over the vocabulary
   const double sequence = classifier ? tokens_per_example : static_cast<double>(options.sequence_length);
   const double rows = classifier ? static_cast<double>(examples) : std::max(1.0, static_cast<double>(examples) * tokens_per_example / sequence);
   const double rows_per_step = static_cast<double>(options.batch_size * options.accumulate);
@@ -79,8 +79,8 @@ TrainCost predict_cost(const ModelConfig& config, const TrainOptions& options, s
   // first too where nothing before it trains.
   // Recomputation adds a forward.
   cost.flops = tokens * ((options.recompute ? 4 : 3) * forward.total() - static_cast<double>(frozen) * forward.block - static_cast<double>(below) * (forward.block + 2 * forward.attention));
-  // The teacher of a classifier runs once over the examples (cache), that of text at every step.
-  if (teacher) cost.flops += cost_forward(*teacher, sequence).total() * (classifier ? rows * sequence : tokens);
+  // The teacher of a classifier runs once over the examples (cache), that of text and of an encoder without classes at every step.
+  if (teacher) cost.flops += cost_forward(*teacher, sequence).total() * (config.is_classifier() ? rows * sequence : tokens);
 
   const double embedding = static_cast<double>(count.embedding);
   const double trained_embedding = classifier && touched_vocabulary > 0

@@ -257,6 +257,18 @@ void DataParallel::from_leader(const NamedTensors& tensors) const {
   for (const auto& [name, tensor] : tensors) parallel_copy(*ranks_, tensor);
 }
 
+std::vector<double> DataParallel::sum(const std::vector<double>& mine) const {
+  if (!ranks_) return mine;
+  Json words = Json::array();
+  for (const double value : mine) words.push_back(shortest(value));
+  std::vector<double> out(mine.size(), 0);
+  for (const std::string& text : ranks_->gather(words.dump())) {
+    const Json share = parse_json(text, "numbers of a rank");
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] += share_number(share.at(i));
+  }
+  return out;
+}
+
 double DataParallel::from_leader(double value) const { return ranks_ ? std::strtod(ranks_->from_leader(shortest(value)).c_str(), nullptr) : value; }
 std::string DataParallel::from_leader(const std::string& text) const { return ranks_ ? ranks_->from_leader(text) : text; }
 
@@ -265,6 +277,22 @@ void leader_first(Collective* ranks, const std::function<void()>& work) {
   if (!ranks) return;
   ranks->from_leader("");
   if (!ranks->leader()) work();
+}
+
+bool leads(const Collective* ranks) { return !ranks || ranks->leader(); }
+
+std::vector<std::string> by_turns(Collective* ranks, std::size_t count, const std::function<std::string(std::size_t)>& work) {
+  std::vector<std::string> out(count);
+  const std::size_t world = ranks ? static_cast<std::size_t>(ranks->world()) : 1, first = ranks ? static_cast<std::size_t>(ranks->rank()) : 0;
+  Json mine = Json::array();
+  for (std::size_t i = first; i < count; i += world) mine.push_back(out[i] = work(i));
+  if (world == 1) return out;
+  const std::vector<std::string> all = ranks->gather(mine.dump());
+  for (std::size_t rank = 0; rank < world; ++rank) {
+    const Json theirs = parse_json(all[rank], "work of a rank");
+    for (std::size_t i = rank, at = 0; i < count; i += world, ++at) out[i] = theirs.at(at).get<std::string>();
+  }
+  return out;
 }
 
 void share_weights(Collective& ranks, Transformer& model) {

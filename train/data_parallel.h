@@ -47,6 +47,8 @@ class DataParallel {
   // Waits until gradients are sums over ranks, identical everywhere; a parameter that no rank has a gradient for has none.
   // Gives the sum of all shares. Gradients are views of the buckets: they live until the next step.
   StepShare finish_step(const StepShare& mine);
+  // Sums over ranks, in their order: the same bits everywhere.
+  std::vector<double> sum(const std::vector<double>& mine) const;
   // After the update: every parameter from the rank that owns it.
   void share_parameters();
 
@@ -75,6 +77,9 @@ class DataParallel {
 
 // `work` on rank 0, then on the others: for what leaves a file which the others then find. null: one process.
 void leader_first(Collective* ranks, const std::function<void()>& work);
+bool leads(const Collective* ranks);  // also true of one process
+// What `count` pieces of work give, each done by one rank, in turns; everyone has all of it. null: one process.
+std::vector<std::string> by_turns(Collective* ranks, std::size_t count, const std::function<std::string(std::size_t)>& work);
 // Rank 0's parameters to everyone, after a check that all have the same names and shapes.
 void share_weights(Collective& ranks, Transformer& model);
 

@@ -19,6 +19,7 @@
 #include "core/system.h"
 #include "core/text.h"
 #include "model/checkpoint.h"
+#include "model/families.h"
 #include "distributed/collective.h"
 #include "train/attachment.h"
 #include "train/bad_batch.h"
@@ -159,9 +160,13 @@ class TrainingRun {
   }
 
   void check_model() const {
-    if (classification_ && !model_.classifier.weight.defined()) {
+    if (unlabelled()) {
+      if (!model_.config().family->encoder || model_.classifier.weight.defined())
+        throw Error("texts without labels train encoders that give a vector for each").at(context_.title).given(model_.classifier.weight.defined() ? "a classifier" : std::string(model_.config().family->name)).hint("give the data labels (format: classification) or running text (format: text)");
+    } else if (classification_ && !model_.classifier.weight.defined()) {
       throw Error("the model has no classifier to train on class labels").at(context_.title).hint("start with the stage finetune, which adds one to an encoder");
     }
+    if (unlabelled()) return;
     if (classification_) {
       const std::int64_t classes = model_.classifier.out_features();
       for (const TokenizedExamples* set : {&data_.train, &data_.dev}) {
@@ -288,9 +293,23 @@ class TrainingRun {
   }
   bool enough() const { return (monitor_ && monitor_->enough()) || (options_.stop_after > 0 && stale_ >= options_.stop_after); }
 
+  bool unlabelled() const { return classification_ && data_.labels.empty(); }
+
+  // Of texts without labels: minus what is minimised, on the development set.
+  double objective_score() {
+    if (data_.dev.ids.empty()) return std::numeric_limits<double>::quiet_NaN();
+    double total = 0;
+    for (const TokenBatch& batch : ClassificationBatches(data_.dev, options_.batch_size, 0, 0, padding_id(data_)).evaluation(options_.batch_size)) {
+      std::vector<LossPart> parts;
+      total += micro_loss(batch, parts).item<double>() * static_cast<double>(batch.rows);
+    }
+    return -total / static_cast<double>(data_.dev.ids.size());
+  }
+
   // Of text: minus the held-out mean of the part that an objective marks as score (KL to the teacher) where there is one.
   double held_out_score() {
     const at::NoGradGuard no_grad;
+    if (unlabelled()) return objective_score();
     if (classification_ || !needs_teacher_) return plain_score();
     double total = 0, count = 0;
     std::int64_t number = 0;
@@ -321,7 +340,8 @@ class TrainingRun {
     return dev_score(model_, data_);
   }
 
-  at::Tensor micro_loss(const TokenBatch& batch, std::vector<LossPart>& parts) {
+  // `weights`: ObjectiveInput::weight of every objective; empty = 1.
+  at::Tensor micro_loss(const TokenBatch& batch, std::vector<LossPart>& parts, const std::vector<double>& weights = {}) {
     AutocastGuard autocast(context_.device, bf16_);
     const ModelInput input = to_input(batch, context_.device);
     TapMap taps(student_taps_);
@@ -338,13 +358,30 @@ class TrainingRun {
     }
     TeacherTargets targets;
     if (needs_teacher_) targets = context_.teacher->targets(batch);
-    const ObjectiveInput all{model_, input, batch, logits, hidden, taps, needs_teacher_ ? &targets : nullptr};
     at::Tensor total;
-    for (const auto& objective : objectives_) {
-      const at::Tensor value = objective->loss(all, parts);
+    for (std::size_t i = 0; i < objectives_.size(); ++i) {
+      const at::Tensor value = objectives_[i]->loss({model_, input, batch, logits, hidden, taps, needs_teacher_ ? &targets : nullptr, weights.empty() ? 1 : weights[i]}, parts);
       total = total.defined() ? total + value : value;
     }
     return total;
+  }
+
+  // [micro batch of `ours`][objective] for micro_loss(); empty where all means are over targets. `shares`: of the step's targets, by micro batch.
+  std::vector<std::vector<double>> comparison_weights(const std::vector<TokenBatch>& batches, const std::vector<std::size_t>& ours, const std::vector<double>& shares) {
+    if (std::none_of(objectives_.begin(), objectives_.end(), [](const auto& objective) { return objective->counts_comparisons(); })) return {};
+    std::vector<std::vector<double>> out(ours.size(), std::vector<double>(objectives_.size(), 1));
+    std::vector<double> totals(objectives_.size(), 0);
+    for (std::size_t o = 0; o < objectives_.size(); ++o) {
+      if (!objectives_[o]->counts_comparisons()) continue;
+      for (std::size_t k = 0; k < ours.size(); ++k) {
+        out[k][o] = static_cast<double>(objectives_[o]->comparisons(batches[ours[k]], *context_.teacher));
+        totals[o] += out[k][o];
+      }
+    }
+    totals = parallel_->sum(totals);
+    for (std::size_t o = 0; o < objectives_.size(); ++o)
+      for (std::size_t k = 0; k < ours.size() && totals[o] > 0; ++k) out[k][o] = out[k][o] / totals[o] / shares[ours[k]];
+    return out;
   }
 
   // Gradients of the mean loss over all micro batches of a step, and its numbers. `draws`: stream of everything random in it.
@@ -355,7 +392,7 @@ class TrainingRun {
     };
     reseed(0);
     for (const auto& constraint : constraints_) constraint->before_forward(model_, step, steps_);
-    if (context_.sampler) {  // on every rank alike: all need to know what the others have
+    if (context_.sampler) {  // every rank gets all texts: it needs to know what the others have
       const AutocastGuard autocast(context_.device, bf16_);
       context_.sampler->sample(model_, step, batches);
     }
@@ -373,14 +410,17 @@ class TrainingRun {
     }
     if (all_targets == 0) throw Error(str("step ", step + 1, " has nothing to predict")).at(context_.title).hint("documents of one token cannot be trained on: check the data");
 
-    // Means over the whole step: a micro batch counts by its targets, not as one of so many.
+    // Means over the whole step: a micro batch counts by its targets, or by what an objective compares instead, not as one of so many.
+    for (double& count : counts) count /= all_targets;
+    const std::vector<std::vector<double>> comparisons = comparison_weights(batches, ours, counts);
     at::Tensor loss;
     std::vector<std::pair<std::string, at::Tensor>> parts;
-    for (const std::size_t i : ours) {
+    for (std::size_t k = 0; k < ours.size(); ++k) {
+      const std::size_t i = ours[k];
       if (i > 0) reseed(i);
-      const double weight = counts[i] / all_targets;
+      const double weight = counts[i];
       std::vector<LossPart> micro_parts;
-      at::Tensor value = micro_loss(batches[i], micro_parts);
+      at::Tensor value = micro_loss(batches[i], micro_parts, comparisons.empty() ? std::vector<double>() : comparisons[k]);
       if (i == ours.back()) parallel_->before_last_backward();
       (weight == 1 ? value : value * weight).backward();
       at::NoGradGuard no_grad;

@@ -48,6 +48,7 @@ class TeacherSource {
   virtual void prepare(const std::set<std::string>& taps) = 0;
   virtual TeacherTargets targets(const TokenBatch& batch) = 0;
   virtual bool takes(std::int64_t columns) const { (void)columns; return true; }  // false: no targets for rows of this length
+  virtual std::int64_t aligned_spans(const TokenBatch& batch) { (void)batch; return 0; }  // of a teacher with another tokenizer: `spans` of the batch's alignment, before its targets are asked for
   virtual const ModelConfig& config() const = 0;
   virtual std::string fingerprint() const = 0;  // weights + tokenizer + data
 };
@@ -60,6 +61,7 @@ struct ObjectiveInput {
   const at::Tensor& hidden;        // [B,T,d] last hidden states
   const TapMap& taps;              // student's
   const TeacherTargets* teacher;   // null when no objective asked for it
+  double weight = 1;               // of an objective with comparisons of its own: share of the step's that this batch has, over its share of the step's targets
 };
 
 struct LossPart {
@@ -76,6 +78,10 @@ class Objective {
   virtual void request_taps(std::set<std::string>& student, std::set<std::string>& teacher) const { (void)student, (void)teacher; }
   // Extra trainable tensors (projections); saved with the state, not with the model.
   virtual std::vector<std::pair<std::string, at::Tensor>> parameters() { return {}; }
+  // True: the mean of loss() is over comparisons() instead of the batch's targets (count_targets), and loss() multiplies it by input.weight, so that
+  // the mean over a step's micro batches is that of one large batch.
+  virtual bool counts_comparisons() const { return false; }
+  virtual std::int64_t comparisons(const TokenBatch& batch, TeacherSource& teacher) const { (void)batch, (void)teacher; return 0; }
   // Weighted total; appends every part. Mean per valid token or example.
   virtual at::Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) = 0;
 };

@@ -21,7 +21,7 @@ struct SparseCacheOptions {
   std::int64_t top = 64;   // likeliest tokens, exact to the step of their code
   std::int64_t tail = 32;  // draws from the rest, an even number; 0 = none
   std::string fill = "teacher";  // who computes rows that are missing: teacher, or elsewhere (scripts/capture_teacher.py): then they are an Error
-  std::int64_t columns = 0;  // of the teacher's logits, those in front: a student with fewer rows knows no others; 0 = all
+  std::int64_t columns = 0;  // of the teacher's logits, those in front: what is behind the tokenizer's ids is padding, and a student with fewer rows knows no others; 0 = all
 };
 
 // Text: the distribution of every position as SparseTargets, computed when a row of packed text is first asked for and kept in

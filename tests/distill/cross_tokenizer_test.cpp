@@ -6,16 +6,19 @@
 
 #include <cmath>
 
+#include "core/files.h"
 #include "core/json.h"
 #include "data/token_bytes.h"
 #include "distill/cross_tokenizer.h"
 #include "distill/stage.h"
 #include "distill/token_log_probs.h"
 #include "distill/vocabularies.h"
+#include "distributed/collective.h"
 #include "tests/distill/tensors.h"
 #include "tests/distill/tokenizers.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
+#include "tests/train/ranks.h"
 #include "train/step_batches.h"
 #include "train/targets.h"
 
@@ -269,6 +272,61 @@ TEST_CASE("objectives between tokenizers: zero for one and the same model and to
     CHECK(nothing == 0);
   }
   student->requires_grad(false);
+}
+
+TEST_CASE("a mean over spans: four micro batches, on one rank or two, give the losses of one large batch") {
+  const auto mine = word_tokenizer(), other = other_tokenizer();
+  const std::shared_ptr<Transformer> teacher = text_model(other->vocab_size(), 4);
+  // Texts with one span a token, and with one for two: weighing by tokens would show.
+  std::string dense, sparse;
+  for (int i = 0; i < 14; ++i) dense += "qxz", sparse += " the";
+  const TaskData data = text_data(*mine, {dense, sparse, dense, sparse, sparse, dense, sparse});
+  TrainOptions shape;
+  shape.batch_size = 2, shape.accumulate = 4, shape.sequence_length = 12;
+  const auto source = cross_tokenizer_teacher(teacher, *mine, *other);
+  double least = 1e9, most = 0;
+  for (const TokenBatch& batch : StepBatches(data, shape, 1).micro_batches(0)) {
+    const std::int64_t spans = source->aligned_spans(batch);
+    CHECK(source->targets(batch).alignment->spans == spans);
+    CHECK(source->targets(batch).alignment->spans == spans);  // asked for a second time, without being counted before
+    const double density = static_cast<double>(spans) / static_cast<double>(count_targets(batch));
+    least = std::min(least, density), most = std::max(most, density);
+  }
+  REQUIRE(most > 1.2 * least);
+  for (const CrossLoss& row : cross_losses()) {
+    INFO(row.name);
+    const auto run = [&](std::int64_t batch_size, std::int64_t accumulate, int world) {
+      DistillOptions options;
+      options.objective = parse_yaml(str("[{cross_tokenizer: ", row.name, "}, {labels: cross_entropy, weight: 0.5}]"), "test");
+      options.train.steps = 3, options.train.batch_size = batch_size, options.train.accumulate = accumulate, options.train.sequence_length = 12, options.train.precision = "float32", options.train.learning_rate = 1e-3;
+      std::vector<Json> curves(static_cast<std::size_t>(world));
+      const TemporaryFolder work;
+      const auto train_one = [&](Collective* ranks) {
+        const auto rank = static_cast<std::size_t>(ranks ? ranks->rank() : 0);
+        const auto student = text_model(mine->vocab_size(), 3);
+        const auto source = cross_tokenizer_teacher(teacher, *mine, *other);
+        Json details = Json::object();
+        StageContext context;
+        context.title = "01-distill", context.work = work.path() / str("rank-", rank), context.seed = 5, context.data = &data, context.teacher = source.get(), context.ranks = ranks, context.details = &details, context.layer_map = {0, 1};
+        distill(*student, options, context);
+        curves[rank] = details.at("loss_curve");
+      };
+      if (world == 1) train_one(nullptr);
+      else on_ranks(world, [&](Collective& ranks) { train_one(&ranks); });
+      return curves[0];
+    };
+    const Json whole = run(8, 1, 1);
+    REQUIRE(whole.size() >= 2);
+    std::vector<Json> others{run(2, 4, 1)};
+    if (collectives_available()) others.push_back(run(2, 4, 2));
+    for (const Json& parts : others) {
+      REQUIRE(parts.size() == whole.size());
+      for (std::size_t i = 0; i < whole.size(); ++i) {
+        CHECK(parts[i].at("loss").get<double>() == Approx(whole[i].at("loss").get<double>()).epsilon(5e-6));
+        for (const auto& [name, value] : whole[i].at("parts").items()) CHECK(parts[i].at("parts").at(name).get<double>() == Approx(value.get<double>()).epsilon(5e-6));
+      }
+    }
+  }
 }
 
 TEST_CASE("what two vocabularies have in common, and the refusal that says it") {

@@ -7,12 +7,14 @@
 
 #include "core/files.h"
 #include "core/log.h"
+#include "distributed/collective.h"
 #include "distill/stage.h"
 #include "model/generate.h"
 #include "tests/distill/tensors.h"
 #include "tests/distill/tokenizers.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
+#include "tests/train/ranks.h"
 #include "train/step_batches.h"
 #include "train/targets.h"
 
@@ -138,6 +140,103 @@ TEST_CASE("what the student writes: prompts of the rows, completions of its own,
   at::set_num_threads(threads);
   CHECK(sampled(0).ids == first.ids);
   CHECK(sampled(1).ids != first.ids);  // another step, other draws
+}
+
+TEST_CASE("no text has a token of the padding rows") {
+  const auto model = tiny_decoder(4);
+  {
+    const at::NoGradGuard no_grad;
+    model->lm_head.weight.narrow(0, 43, 7).mul_(40);
+  }
+  GenerateOptions options;
+  options.max_new_tokens = 30, options.temperature = 1;
+  const auto largest = [&] {
+    std::int64_t out = 0;
+    for (const Ids& text : generate_batch(*model, {{3, 4}, {5}}, options, {1, 2})) out = std::max(out, *std::max_element(text.begin(), text.end()));
+    return out;
+  };
+  CHECK(largest() >= 43);
+  options.vocabulary = 43;
+  CHECK(largest() < 43);
+  options.temperature = 0;
+  CHECK(largest() < 43);
+  options.temperature = 1, options.top_p = 0.9;
+  CHECK(largest() < 43);
+  options.vocabulary = 99;  // more than there are rows
+  CHECK(largest() >= 43);
+}
+
+TEST_CASE("ranks share the writing: each writes for its micro batches, and all have all texts") {
+  if (!collectives_available()) return skip("built without Gloo");
+  const TaskData data = tiny_text();
+  DistillOptions options = policy_options(1);
+  options.train.batch_size = 2, options.train.accumulate = 4;
+  const auto alone = [&](std::uint64_t seed, Collective* ranks) {
+    const auto model = tiny_decoder(seed);
+    std::vector<TokenBatch> batches = batches_of(data, options);
+    on_policy_sampler(options.on_policy, model->config(), {data, 16, 5, "t", ranks})->sample(*model, 0, batches);
+    return batches;
+  };
+  const std::vector<TokenBatch> first = alone(4, nullptr), second = alone(6, nullptr);
+  REQUIRE(first.size() == 4);
+  REQUIRE(first[1].ids != second[1].ids);
+  // Ranks with different weights, which a training never has, tell who wrote what.
+  std::vector<std::vector<TokenBatch>> found(2);
+  on_ranks(2, [&](Collective& ranks) { found[static_cast<std::size_t>(ranks.rank())] = alone(ranks.leader() ? 4 : 6, &ranks); });
+  for (const auto& batches : found)
+    for (std::size_t i = 0; i < 4; ++i) {
+      CHECK(batches.at(i).ids == (i % 2 == 0 ? first : second)[i].ids);
+      CHECK(batches.at(i).lengths == (i % 2 == 0 ? first : second)[i].lengths);
+      CHECK(batches.at(i).prompts == (i % 2 == 0 ? first : second)[i].prompts);
+    }
+  // More ranks than micro batches.
+  options.train.accumulate = 1;
+  const std::vector<TokenBatch> one = alone(4, nullptr);
+  on_ranks(2, [&](Collective& ranks) { found[static_cast<std::size_t>(ranks.rank())] = alone(ranks.leader() ? 4 : 6, &ranks); });
+  CHECK(found[0].at(0).ids == one[0].ids);
+  CHECK(found[1].at(0).ids == one[0].ids);
+}
+
+TEST_CASE("on-policy and the teacher's texts on 1, 2 and 4 ranks: the same losses; one file of texts") {
+  if (!collectives_available()) return skip("built without Gloo");
+  const TaskData data = tiny_text();
+  for (const bool by_teacher : {false, true}) {
+    INFO((by_teacher ? "teacher's texts" : "on-policy"));
+    DistillOptions options = policy_options(0.6);
+    options.train.batch_size = 2, options.train.accumulate = 4, options.train.steps = 5;
+    if (by_teacher) options.has_on_policy = false, options.has_teacher_text = true, options.teacher_text = CompletionOptions{.max_new_tokens = 6, .temperature = 0.9, .prompt_tokens = 5}, options.objective = Node();
+    const std::shared_ptr<Transformer> teacher = tiny_decoder(3);
+    std::vector<std::vector<double>> curves;
+    std::vector<std::string> files;
+    for (const int world : {1, 2, 4}) {
+      const TemporaryFolder work, store;
+      std::vector<Json> details(static_cast<std::size_t>(world), Json::object());
+      const auto run = [&](Collective* ranks) {
+        const auto rank = static_cast<std::size_t>(ranks ? ranks->rank() : 0);
+        const auto student = make_student(*teacher, options.student);
+        const auto live = live_teacher(teacher);
+        StageContext context;
+        context.title = "01-distill", context.work = work.path() / str("rank-", rank), context.seed = 5, context.data = &data, context.teacher = live.get(), context.ranks = ranks, context.details = &details[rank];
+        std::unique_ptr<BatchSampler> writer;
+        if (by_teacher) writer = teacher_text_sampler(teacher, options.teacher_text, 2, store.path(), {data, 16, 5, "t", ranks}), context.sampler = writer.get();
+        distill(*student, options, context);
+      };
+      if (world == 1) run(nullptr);
+      else on_ranks(world, [&](Collective& ranks) { run(&ranks); });
+      curves.emplace_back();
+      for (const Json& point : details[0].at("loss_curve")) curves.back().push_back(point.at("loss").get<double>());
+      for (const auto& entry : std::filesystem::directory_iterator(store.path())) files.push_back(read_text(entry.path()));
+    }
+    REQUIRE(curves[0].size() >= 5);
+    for (const std::vector<double>& curve : curves) {
+      REQUIRE(curve.size() == curves[0].size());
+      for (std::size_t i = 0; i < curve.size(); ++i) CHECK(curve[i] == Approx(curves[0][i]).margin(1e-5).epsilon(0));
+    }
+    if (!by_teacher) continue;
+    REQUIRE(files.size() == 3);
+    CHECK(files[1] == files[0]);
+    CHECK(files[2] == files[0]);
+  }
 }
 
 TEST_CASE("lambda: none is the ordinary training bit by bit, and the share of steps is near what was asked") {

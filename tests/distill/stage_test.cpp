@@ -9,6 +9,7 @@
 #include "core/node.h"
 #include "distill/losses.h"
 #include "distill/stage.h"
+#include "tests/distill/tokenizers.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
 #include "train/teacher.h"
@@ -298,6 +299,89 @@ TEST_CASE("distill: the student comes nearer to its teacher, on classes and on t
     CHECK(details.at("layer_map") == Json(text ? std::vector<std::int64_t>{1, 2} : std::vector<std::int64_t>{1, 3}));
     CHECK(details.contains("loss_curve"));
     std::filesystem::remove_all(context.work);
+  }
+}
+
+TEST_CASE("rows of the heads behind the tokenizer's ids are padding: of equal width too, they enter no distribution") {
+  CHECK(shared_logits(50304, 50304) == 0);
+  CHECK(shared_logits(50304, 50304, 50257) == 50257);
+  CHECK(shared_logits(50304, 50432) == 50304);
+  CHECK(shared_logits(50304, 50432, 50257) == 50257);
+  CHECK(shared_logits(50257, 50304, 50257) == 50257);
+  CHECK(shared_logits(50257, 50257, 50257) == 0);
+  CHECK(shared_logits(50257, 50257, 60000) == 0);  // what the tokenizer has more is no column
+  CHECK(contains_all(error_text([&] { shared_logits(50257, 32000, 32000); }), {"do not share", "50257 and 32000"}));
+  // By hand: 43 tokens, seven rows of padding that shout on both sides.
+  const std::shared_ptr<Transformer> teacher = tiny_decoder(3);
+  const auto student = tiny_decoder(4);
+  {
+    const at::NoGradGuard no_grad;
+    teacher->lm_head.weight.narrow(0, 43, 7).mul_(20);
+    student->lm_head.weight.narrow(0, 43, 7).mul_(-30);
+  }
+  TokenBatch batch;
+  batch.rows = 1, batch.columns = 5, batch.ids = {3, 4, 5, 6, 8}, batch.lengths = {5}, batch.examples = {0};
+  const ModelInput input = to_input(batch, c10::Device(c10::kCPU));
+  const auto kl = [&](std::int64_t columns) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor log_p = at::log_softmax(teacher->forward(input)[0].narrow(0, 0, 4).narrow(1, 0, columns).to(at::kDouble), 1), log_q = at::log_softmax(student->forward(input)[0].narrow(0, 0, 4).narrow(1, 0, columns).to(at::kDouble), 1);
+    return (log_p.exp() * (log_p - log_q)).sum().item<double>() / 4;
+  };
+  ObjectiveShapes shapes = objective_shapes(*student, teacher->config(), 1);
+  CHECK(evaluate(objectives_of("[{logits: forward_kl}]", {}, shapes), *student, teacher, batch).total == Approx(kl(50)).epsilon(1e-5));
+  shapes.tokens = 43;
+  REQUIRE(std::abs(kl(43) - kl(50)) > 0.5);
+  const Evaluated masked = evaluate(objectives_of("[{logits: forward_kl}]", {}, shapes), *student, teacher, batch);
+  CHECK(masked.total == Approx(kl(43)).epsilon(1e-5));
+  REQUIRE(masked.parts.size() == 3);
+  CHECK(masked.parts[1].name == "teacher_forward_kl");  // what chooses the best state looks at the same columns
+  CHECK(masked.parts[1].value.item<double>() == Approx(kl(43)).epsilon(1e-5));
+}
+
+TEST_CASE("a distillation knows the tokenizer: padding rows change no loss and learn nothing, live and from the cache") {
+  const auto tokenizer = word_tokenizer();
+  REQUIRE(tokenizer->vocab_size() == 263);
+  TaskData data;
+  data.kind = TaskData::Kind::text;
+  data.tokenizer = tokenizer.get();
+  for (const char* text : {"the cat sat on the mat", "a cat that sat there saw the cat", "that hat"}) data.train_documents.push_back(tokenizer->encode(text, false, false));
+  data.hash = "padded";
+  const Json json = {{"model_type", "llama"}, {"hidden_size", 16}, {"num_hidden_layers", 3}, {"num_attention_heads", 2}, {"num_key_value_heads", 1}, {"intermediate_size", 24}, {"vocab_size", 300},
+                     {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"hidden_act", "silu"}, {"tie_word_embeddings", false}};
+  for (const bool cached : {false, true}) {
+    INFO((cached ? "cache" : "live"));
+    std::vector<std::vector<double>> curves;
+    for (const double loud : {1.0, 40.0}) {
+      const auto teacher = std::make_shared<Transformer>(config_from_json(json, "tiny"), 3);
+      stir(*teacher, 3);
+      {
+        const at::NoGradGuard no_grad;
+        teacher->lm_head.weight.narrow(0, 263, 37).mul_(loud);
+      }
+      DistillOptions options;
+      options.student.keep_layers = {0, 2};
+      options.objective = parse_yaml("[{logits: forward_kl}]", "test");
+      options.train.steps = 4, options.train.batch_size = 2, options.train.sequence_length = 16, options.train.learning_rate = 3e-3, options.train.weight_decay = 0, options.train.precision = "float32";
+      const TemporaryFolder store;
+      SparseCacheOptions cache{8, 4};
+      cache.columns = shared_logits(300, 300, 263);
+      const auto source = cached ? sparse_teacher(teacher, data, 16, cache, store.path()) : live_teacher(teacher);
+      options.has_cache = cached;
+      Json details = Json::object();
+      StageContext context;
+      context.title = "01-distill", context.work = scratch("padded"), context.seed = 5, context.data = &data, context.teacher = source.get(), context.details = &details;
+      const auto student = make_student(*teacher, options.student);
+      distill(*student, options, context);
+      std::filesystem::remove_all(context.work);
+      curves.emplace_back();
+      for (const Json& point : details.at("loss_curve")) curves.back().push_back(point.at("loss").get<double>());
+      CHECK(at::equal(student->lm_head.weight.narrow(0, 263, 37), teacher->lm_head.weight.narrow(0, 263, 37)));
+      CHECK_FALSE(at::equal(student->lm_head.weight.narrow(0, 0, 263), teacher->lm_head.weight.narrow(0, 0, 263)));
+    }
+    REQUIRE(curves[0].size() == curves[1].size());
+    REQUIRE(!curves[0].empty());
+    CHECK(curves[0].front() > 1e-3);
+    for (std::size_t i = 0; i < curves[0].size(); ++i) CHECK(curves[1][i] == Approx(curves[0][i]).epsilon(1e-6));
   }
 }
 

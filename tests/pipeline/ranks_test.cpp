@@ -127,6 +127,36 @@ std::vector<double> losses(const TinySetting& tiny, const std::string& name) {
   return out;
 }
 
+// Text, a decoder of three layers, and its student of two; `more` options of the stage distill.
+void write_ranks_text(const TinySetting& tiny, const std::string& more) {
+  const auto tokenizer = word_tokenizer();
+  const Json shape = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_size", 16}, {"num_hidden_layers", 3}, {"num_attention_heads", 2}, {"num_key_value_heads", 1},
+                      {"intermediate_size", 24}, {"vocab_size", tokenizer->vocab_size()}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"hidden_act", "silu"}, {"tie_word_embeddings", true}};
+  Transformer teacher(config_from_json(shape, "tiny"), 1);
+  stir(teacher, 1);
+  make_folder(tiny.folder() / "decoder");
+  save_model(teacher, tiny.folder() / "decoder");
+  tokenizer->save(tiny.folder() / "decoder");
+  std::string text;
+  for (int i = 0; i < 80; ++i) text += "the cat sat on the mat and saw the other cat " + str(i) + "\n";
+  write_text(tiny.folder() / "text.txt", text);
+  write_text(tiny.recipe(), "name: text\nseed: 5\nteacher: {path: decoder}\ndata:\n  train: {files: [text.txt], format: text, split: line}\n  test: {files: [text.txt], format: text, max_length: 16, tokens: 64}\n"
+                            "stages:\n  - distill: {student: {keep_layers: [0, 2]}, " + more + ", batch_size: 2, accumulate: 4, sequence_length: 16, learning_rate: 1.0e-3, precision: float32, save_every_steps: 3}\n"
+                            "  - evaluate: {latency: false}\n");
+}
+
+// One, two and four processes with the same losses.
+void check_same_losses(const TinySetting& tiny, std::size_t least) {
+  for (const auto& [name, world] : {std::pair{"one", 1}, {"two", 2}, {"four", 4}}) REQUIRE(all_well(job(tiny, name, world)));
+  const std::vector<double> one = losses(tiny, "one");
+  REQUIRE(one.size() > least);
+  for (const char* name : {"two", "four"}) {
+    const std::vector<double> other = losses(tiny, name);
+    REQUIRE(other.size() == one.size());
+    for (std::size_t i = 0; i < one.size(); ++i) CHECK(other[i] == Approx(one[i]).margin(1e-5).epsilon(0));
+  }
+}
+
 }  // namespace
 
 TEST_CASE("one, two and four processes have the same losses; two have the same bytes twice", "[ranks]") {
@@ -152,28 +182,8 @@ TEST_CASE("one, two and four processes have the same losses; two have the same b
 TEST_CASE("text under a cache that all ranks fill: the losses of one process, and of a job that was killed", "[ranks]") {
   if (!collectives_available()) return skip("built without Gloo");
   TinySetting tiny;
-  const auto tokenizer = word_tokenizer();
-  const Json shape = {{"architectures", {"LlamaForCausalLM"}}, {"model_type", "llama"}, {"hidden_size", 16}, {"num_hidden_layers", 3}, {"num_attention_heads", 2}, {"num_key_value_heads", 1},
-                      {"intermediate_size", 24}, {"vocab_size", tokenizer->vocab_size()}, {"max_position_embeddings", 64}, {"rms_norm_eps", 1e-5}, {"hidden_act", "silu"}, {"tie_word_embeddings", true}};
-  Transformer teacher(config_from_json(shape, "tiny"), 1);
-  stir(teacher, 1);
-  make_folder(tiny.folder() / "decoder");
-  save_model(teacher, tiny.folder() / "decoder");
-  tokenizer->save(tiny.folder() / "decoder");
-  std::string text;
-  for (int i = 0; i < 80; ++i) text += "the cat sat on the mat and saw the other cat " + str(i) + "\n";
-  write_text(tiny.folder() / "text.txt", text);
-  write_text(tiny.recipe(), "name: text\nseed: 5\nteacher: {path: decoder}\ndata:\n  train: {files: [text.txt], format: text, split: line}\n  test: {files: [text.txt], format: text, max_length: 16, tokens: 64}\n"
-                            "stages:\n  - distill: {student: {keep_layers: [0, 2]}, cache: {top: 8, tail: 4}, epochs: 3, batch_size: 2, accumulate: 4, sequence_length: 16, learning_rate: 1.0e-3, precision: float32, save_every_steps: 3}\n"
-                            "  - evaluate: {latency: false}\n");
-  for (const auto& [name, world] : {std::pair{"one", 1}, {"two", 2}, {"four", 4}}) REQUIRE(all_well(job(tiny, name, world)));
-  const std::vector<double> one = losses(tiny, "one");
-  REQUIRE(one.size() > 8);
-  for (const char* name : {"two", "four"}) {
-    const std::vector<double> other = losses(tiny, name);
-    REQUIRE(other.size() == one.size());
-    for (std::size_t i = 0; i < one.size(); ++i) CHECK(other[i] == Approx(one[i]).margin(1e-5).epsilon(0));
-  }
+  write_ranks_text(tiny, "cache: {top: 8, tail: 4}, epochs: 3");
+  check_same_losses(tiny, 8);
   // Every rank wrote its own rows, in files of its own.
   std::size_t parts = 0;
   for (const auto& entry : fs::recursive_directory_iterator(tiny.folder() / "stages-four")) parts += starts_with(entry.path().filename().string(), "part-");
@@ -181,6 +191,16 @@ TEST_CASE("text under a cache that all ranks fill: the losses of one process, an
   job(tiny, "killed", 2, 1);
   REQUIRE(all_well(job(tiny, "killed", 2)));
   CHECK(folder_bytes(tiny.out("killed") / "01-distill") == folder_bytes(tiny.out("two") / "01-distill"));
+}
+
+TEST_CASE("texts that the student writes, or the teacher: every process writes its share, and the losses are those of one", "[ranks]") {
+  if (!collectives_available()) return skip("built without Gloo");
+  for (const char* texts : {"on_policy: {lambda: 0.7, max_new_tokens: 5, prompt_tokens: 4}, steps: 6", "teacher_text: {max_new_tokens: 5, prompt_tokens: 4, temperature: 1}, steps: 4"}) {
+    INFO(texts);
+    TinySetting tiny;
+    write_ranks_text(tiny, texts);
+    check_same_losses(tiny, 3);
+  }
 }
 
 TEST_CASE("a killed rank is named, and the job goes on from its saved state on two ranks or on one", "[ranks]") {
