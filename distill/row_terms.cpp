@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <stdexcept>
+
 #include "train/row_losses.h"
 
 namespace kompakt {
@@ -45,6 +47,7 @@ std::optional<rows::RowTerms> row_terms(std::span<const LogitTerm> terms, double
 }
 
 LogitSums evaluate_row_terms(const rows::RowTerms& terms, at::Tensor student, const at::Tensor& teacher, std::int64_t vocabulary, bool gradient) {
+  if (vocabulary == 0 && student.size(1) != teacher.size(1)) throw std::logic_error("evaluate_row_terms: student and teacher have different columns");
   const at::Tensor values = divergence_rows(terms, student, teacher, vocabulary > 0 ? vocabulary : student.size(1), gradient);
   return {values.sum(0), gradient ? student : at::Tensor()};
 }

@@ -125,6 +125,8 @@ TEST_CASE("losses by rows: zero at equality, the same bytes on two threads, and 
     const LogitTerm term{find_logit_loss(name), {}, 1};
     CHECK_FALSE(row_terms({&term, 1}, 1));
   }
+  const LogitTerm forward{find_logit_loss("forward_kl"), {}, 1};
+  CHECK_THROWS_AS(evaluate_row_terms(*row_terms({&forward, 1}, 1), z.clone(), random_tensor({4, 301}, 7).to(at::kFloat), 0, true), std::logic_error);
   const std::vector<LogitTerm> many(5, LogitTerm{find_logit_loss("forward_kl"), {}, 1});
   CHECK_FALSE(row_terms(many, 1));
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <filesystem>
 
+#include "core/files.h"
 #include "core/node.h"
 #include "distill/losses.h"
 #include "distill/stage.h"
@@ -247,6 +248,20 @@ TEST_CASE("objective kinds explain themselves") {
     CHECK(!kind.names.empty());
     CHECK(kind.fields.size() >= 2);
     for (const FieldInfo& field : kind.fields) CHECK(!field.help.empty());
+  }
+}
+
+TEST_CASE("every row of the objectives is built from a recipe, and described in docs/objectives.md") {
+  const std::string page = read_text(source_folder() / "docs/objectives.md");
+  for (const ObjectiveKindInfo& kind : objective_kinds()) {
+    ObjectiveShapes shapes;
+    shapes.decoder = kind.key != "embedding";
+    shapes.crossed = kind.key == "cross_tokenizer", shapes.sampled = kind.key == "policy";
+    for (const std::string& name : kind.names) {
+      INFO(kind.key << ": " << name);
+      CHECK(objectives_of("[{" + kind.key + ": " + name + "}]", {0, 1}, shapes).size() == 1);
+      CHECK(contains_all(page, {("`" + kind.key + ": ").c_str(), (name + "`").c_str()}));
+    }
   }
 }
 
