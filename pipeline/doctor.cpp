@@ -63,7 +63,8 @@ Json doctor_fused(const c10::Device device) {
     LogitLossOptions options;
     options.temperature = 2;
     const auto run = [&](const c10::Device where, at::ScalarType type) {
-      const at::Tensor h = hidden.to(where, type).requires_grad_(), w = weight.to(where, type).requires_grad_();
+      const auto leaf = [&](const at::Tensor& x) { return x.to(where, type, /*non_blocking=*/false, /*copy=*/true).requires_grad_(); };
+      const at::Tensor h = leaf(hidden), w = leaf(weight);
       const at::Tensor value = fused_linear_loss(loss, h, w, {}, {{}, other.to(where, type), head.to(where, type), {}, nullptr}, options, 16);
       value.backward();
       return std::vector<at::Tensor>{value.detach().cpu().to(at::kDouble), h.grad().cpu().to(at::kDouble), w.grad().cpu().to(at::kDouble)};
