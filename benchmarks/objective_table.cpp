@@ -17,6 +17,8 @@
 #include "core/error.h"
 #include "core/log.h"
 #include "core/text.h"
+#include "data/tokenizer.h"
+#include "distill/cross_tokenizer.h"
 #include "distill/stage.h"
 #include "model/generate.h"
 #include "train/teacher.h"
@@ -45,6 +47,12 @@ constexpr ObjectiveTableRow objective_rows[] = {
     {"labels + relation", "{objective: [{labels: cross_entropy}, {relation: minilm}]}"},
     {"forward_kl + hidden cosine", "{objective: [{logits: forward_kl}, {hidden: cosine}]}"},
     {"forward_kl, cache 64 + 32", "{objective: [{logits: forward_kl}], cache: {}}"},
+    {"cross_tokenizer: spans", "{objective: [{cross_tokenizer: spans}]}"},
+    {"cross_tokenizer: shared", "{objective: [{cross_tokenizer: shared}]}"},
+    {"cross_tokenizer: uld", "{objective: [{cross_tokenizer: uld}]}"},
+    {"cross_tokenizer: spans + labels", "{objective: [{cross_tokenizer: spans}, {labels: cross_entropy, weight: 0.5}]}"},
+    {"labels + cross_tokenizer: shared", "{objective: [{labels: cross_entropy}, {cross_tokenizer: shared}]}"},
+    {"labels + cross_tokenizer: uld", "{objective: [{labels: cross_entropy}, {cross_tokenizer: uld}]}"},
     {"teacher's texts, labels", "{teacher_text: {temperature: 1, max_new_tokens: 96}, objective: [{labels: cross_entropy}]}"},
     {"teacher's texts, greedy", "{teacher_text: {temperature: 0, max_new_tokens: 96}, objective: [{labels: cross_entropy}]}"},
     {"on-policy 0.5, forward_kl", "{on_policy: {lambda: 0.5, temperature: 1, max_new_tokens: 96}, objective: [{logits: forward_kl}]}"},
@@ -118,7 +126,10 @@ int main(int argc, char** argv) try {
     StageContext context;
     context.title = "objectives", context.seed = 1, context.data = &data;
     context.work = row_folder("objectives");
-    const auto source = options.has_cache ? sparse_teacher(teacher, data, sequence, options.cache, context.work) : live_teacher(teacher);
+    // Of one tokenizer on both sides: what these objectives learn from what they compare.
+    const bool crosses = crosses_tokenizers(options.objective);
+    const std::unique_ptr<Tokenizer> tokenizer = crosses ? load_tokenizer(folder) : nullptr;
+    const auto source = crosses ? cross_tokenizer_teacher(teacher, *tokenizer, *tokenizer) : options.has_cache ? sparse_teacher(teacher, data, sequence, options.cache, context.work) : live_teacher(teacher);
     context.teacher = source.get();
     std::unique_ptr<BatchSampler> writer;
     if (options.has_teacher_text) writer = teacher_text_sampler(teacher, options.teacher_text, train.batch_size, context.work, {data, sequence, context.seed, context.title});

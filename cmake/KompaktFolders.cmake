@@ -38,11 +38,11 @@ function(kompakt_folder NAME)
   target_include_directories(kompakt_${NAME} SYSTEM ${_scope} ${ARG_INCLUDE})
 endfunction()
 
-# Kernels: raw pointers, no torch header, compiled wherever nvcc is present, run only by `kompakt doctor` on a GPU.
+# Kernels: raw pointers, no torch header, compiled wherever nvcc is present. Those of train/ compute losses of CUDA tensors; `kompakt
+# doctor` runs all of them against their CPU twins where a device is present. One library per folder, like the folders themselves.
 # A macro, because enable_language sets variables of the caller's scope.
 macro(kompakt_cuda_kernels)
-  file(GLOB _kernels CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/quantize/cuda/*.cu" "${PROJECT_SOURCE_DIR}/distill/cuda/*.cu")
-  if(_kernels AND KOMPAKT_CUDA)
+  if(KOMPAKT_CUDA)
     include(CheckLanguage)
     check_language(CUDA)
     if(CMAKE_CUDA_COMPILER)
@@ -50,13 +50,16 @@ macro(kompakt_cuda_kernels)
         set(CMAKE_CUDA_ARCHITECTURES 80 90 120 CACHE STRING "" FORCE)
       endif()
       enable_language(CUDA)
-      add_library(kompakt_kernels STATIC ${_kernels})
-      target_include_directories(kompakt_kernels PRIVATE "${PROJECT_SOURCE_DIR}")
-      set_target_properties(kompakt_kernels PROPERTIES CUDA_STANDARD 17 CUDA_RUNTIME_LIBRARY Shared POSITION_INDEPENDENT_CODE ON)
-      # `kompakt doctor` runs them against their CPU twins where a device is present.
-      target_link_libraries(kompakt_kernels PRIVATE "$<LINK_ONLY:kompakt_quantize>")
-      target_link_libraries(kompakt_pipeline PUBLIC kompakt_kernels)
-      set_source_files_properties(pipeline/doctor_kernels.cpp PROPERTIES COMPILE_DEFINITIONS KOMPAKT_KERNELS=1)
+      foreach(_folder train quantize)
+        file(GLOB _kernels CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/${_folder}/cuda/*.cu")
+        add_library(kompakt_${_folder}_kernels STATIC ${_kernels})
+        target_include_directories(kompakt_${_folder}_kernels PRIVATE "${PROJECT_SOURCE_DIR}")
+        set_target_properties(kompakt_${_folder}_kernels PROPERTIES CUDA_STANDARD 17 CUDA_RUNTIME_LIBRARY Shared POSITION_INDEPENDENT_CODE ON)
+        target_link_libraries(kompakt_${_folder}_kernels PRIVATE "$<LINK_ONLY:kompakt_${_folder}>")  # the twins
+        target_link_libraries(kompakt_pipeline PUBLIC kompakt_${_folder}_kernels)
+      endforeach()
+      target_link_libraries(kompakt_train PUBLIC kompakt_train_kernels)
+      set_source_files_properties(pipeline/doctor_kernels.cpp train/row_losses.cpp PROPERTIES COMPILE_DEFINITIONS KOMPAKT_KERNELS=1)
     else()
       message(STATUS "nvcc was not found: CUDA kernels are not compiled")
     endif()

@@ -7,11 +7,15 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 
 #include "distill/kl_rows.h"
+#include "distill/row_terms.h"
 #include "model/products.h"
+#include "train/logit_chunk.h"
 #include "train/precision.h"
+#include "train/row_losses.h"
 
 namespace kompakt {
 namespace {
@@ -39,13 +43,28 @@ SparseTargets fused_sparse_rows(const SparseTargets& all, const Tensor& valid, s
   return {rows(all.ids), rows(all.log_p), rows(all.log_rest), rows(all.draws), rows(all.draw_log_p), all.vocabulary};
 }
 
-// x w^T as `sums`, in the buffer where the type allows. `part`: fewer rows than the buffer holds.
-Tensor fused_product(const Tensor& x, const Tensor& w, at::ScalarType sums, Tensor& buffer, bool part) {
-  if (x.scalar_type() != sums) return at::mm(x, w.t()).to(sums);
+// x w^T as `kept`, in the buffer where the type allows. `part`: fewer rows than the buffer holds.
+Tensor fused_product(const Tensor& x, const Tensor& w, at::ScalarType kept, Tensor& buffer, bool part) {
+  if (x.scalar_type() != kept) return at::mm(x, w.t()).to(kept);
   if (!buffer.defined()) buffer = at::empty({x.size(0), w.size(0)}, x.options());
   Tensor out = part ? buffer.narrow(0, 0, x.size(0)) : buffer;
   matrix_product(out, x, w.t());
   return out;
+}
+
+// What the kernels of the device compute, where they do: the terms, and the type of the logits that they read and overwrite. Products in
+// bfloat16 stay so, unless a bias (float32) is added or the teacher's logits are others.
+struct FusedKernel {
+  std::optional<rows::RowTerms> terms;
+  at::ScalarType type = at::kFloat;
+};
+FusedKernel fused_kernel(const FusedCall& call, c10::Device device, at::ScalarType product, at::ScalarType sums) {
+  if (call.loss || call.teacher.sparse) return {};
+  const Tensor& logits = call.teacher.logits;
+  const bool half = product == at::kBFloat16 && !call.has_bias && !call.teacher.bias.defined() && (!logits.defined() || logits.scalar_type() == product);
+  const at::ScalarType type = half ? product : sums;
+  if (!has_row_kernels(device, type)) return {};
+  return {row_terms(call.terms, 1 / call.divisor), type};
 }
 
 struct FusedFunction : torch::autograd::Function<FusedFunction> {
@@ -60,6 +79,8 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
     const FusedTeacher& teacher = call->teacher;
     const Tensor tw = teacher.logits.defined() || teacher.sparse ? Tensor() : teacher.weight.detach().to(type);
     const std::int64_t rows = call->valid.defined() ? call->valid.numel() : h.size(0);
+    const FusedKernel kernel = fused_kernel(*call, h.device(), type, sums);
+    const at::ScalarType kept = kernel.terms ? kernel.type : sums;
 
     Tensor grad_hidden = to_hidden ? at::empty(h.sizes(), h.options().dtype(sums)) : Tensor();
     if (to_hidden && call->valid.defined()) grad_hidden.zero_();  // rows that do not count
@@ -71,25 +92,26 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
     for (std::int64_t begin = 0; begin < rows; begin += call->chunk) {
       const std::int64_t size = std::min(call->chunk, rows - begin);
       const Tensor x = fused_rows(h, call->valid, begin, size);
-      Tensor logits = fused_product(x, w, sums, logit_buffer, size < std::min(rows, call->chunk));
+      Tensor logits = fused_product(x, w, kept, logit_buffer, size < std::min(rows, call->chunk));
       if (b.defined()) logits.add_(b);
       LogitSums part;
       bool divided = false;
       if (teacher.sparse) {
         part = evaluate_sparse_terms(call->terms, logits, fused_sparse_rows(*teacher.sparse, call->valid, begin, size), call->vocabulary, gradient);
       } else {
-        const bool by_rows = !call->loss && fits_kl_rows(call->terms, logits);
+        const bool by_rows = !kernel.terms && !call->loss && fits_kl_rows(call->terms, logits);
         Tensor target;
         if (teacher.logits.defined()) {
           target = fused_rows(teacher.logits.detach(), call->valid, begin, size);
-          if (by_rows) target = target.to(sums, /*non_blocking=*/false, /*copy=*/true).contiguous();
+          if (kernel.terms || by_rows) target = target.to(kept, /*non_blocking=*/false, /*copy=*/by_rows).contiguous();
         } else {
-          target = fused_product(fused_rows(teacher.hidden.detach(), call->valid, begin, size).to(type), tw, sums, target_buffer, size < std::min(rows, call->chunk));
+          target = fused_product(fused_rows(teacher.hidden.detach(), call->valid, begin, size).to(type), tw, kept, target_buffer, size < std::min(rows, call->chunk));
           if (teacher.bias.defined()) target.add_(teacher.bias.detach().to(sums));
         }
-        if (by_rows) part = evaluate_kl_rows(call->terms[0], logits, target, call->vocabulary, gradient, 1 / call->divisor);
+        if (kernel.terms) part = evaluate_row_terms(*kernel.terms, logits, target, call->vocabulary, gradient);
+        else if (by_rows) part = evaluate_kl_rows(call->terms[0], logits, target, call->vocabulary, gradient, 1 / call->divisor);
         else part = call->loss ? (*call->loss)(logits, target, gradient) : evaluate_terms(call->terms, logits, target, call->vocabulary, gradient);
-        divided = by_rows;
+        divided = kernel.terms || by_rows;
       }
       logits.reset();
       values.add_(part.values);
@@ -134,11 +156,6 @@ at::ScalarType fused_product_type(const Tensor& hidden) {
   return at::autocast::get_autocast_dtype(device);
 }
 
-std::int64_t fused_chunk(std::int64_t vocabulary) {
-  const std::int64_t bytes = 32ll << 20;
-  return std::clamp<std::int64_t>(bytes / (4 * std::max<std::int64_t>(1, vocabulary)), 32, 1024);
-}
-
 namespace {
 
 LogitMeans fused_apply(const FusedCall& call, const Tensor& hidden, const Tensor& weight, const Tensor& bias) {
@@ -151,7 +168,7 @@ LogitMeans fused_apply(const FusedCall& call, const Tensor& hidden, const Tensor
 }  // namespace
 
 LogitMeans fused_position_loss(const PositionLoss& loss, const Tensor& hidden, const Tensor& weight, const Tensor& bias, const FusedTeacher& teacher) {
-  FusedCall call{{}, teacher, 0, {}, bias.defined(), fused_chunk(weight.size(0)), static_cast<double>(std::max<std::int64_t>(1, hidden.size(0)))};
+  FusedCall call{{}, teacher, 0, {}, bias.defined(), logit_chunk(weight.device().type(), weight.size(0), 2), static_cast<double>(std::max<std::int64_t>(1, hidden.size(0)))};
   call.loss = &loss;
   return fused_apply(call, hidden, weight, bias);
 }
@@ -160,7 +177,7 @@ LogitMeans fused_linear_terms(std::span<const LogitTerm> terms, const Tensor& hi
   if (hidden.dim() != 2 || weight.dim() != 2 || hidden.size(1) != weight.size(1)) throw std::logic_error("fused loss: hidden [n, d] and weight [V, d] are needed");
   const Tensor& other = teacher.logits.defined() ? teacher.logits : teacher.sparse ? teacher.sparse->ids : teacher.hidden;
   if (other.dim() != 2 || other.size(0) != hidden.size(0)) throw std::logic_error("fused loss: student and teacher hold different positions");
-  FusedCall call{terms, teacher, frame.vocabulary, {}, bias.defined(), chunk > 0 ? chunk : fused_chunk(weight.size(0)), frame.count};
+  FusedCall call{terms, teacher, frame.vocabulary, {}, bias.defined(), chunk > 0 ? chunk : logit_chunk(weight.device().type(), weight.size(0), 2), frame.count};
   std::int64_t rows = hidden.size(0);
   if (frame.mask.defined()) {
     const Tensor valid = frame.mask.reshape({-1}).nonzero().squeeze(-1);

@@ -2,8 +2,9 @@
 // all tokens never exist at once, on neither side, and no tensor of tokens x vocabulary outlives its chunk.
 //
 // Gradients are computed in the forward pass (the loss is a scalar: backward only multiplies), as Liger's fused losses do.
-// Works with every row of logit_losses(); a sum of several shares the products and the log-probabilities. Extra memory: about
-// 6 chunk x V floats plus one gradient of the head weight.
+// Works with every row of logit_losses(); a sum of several shares the products and the log-probabilities. Extra memory: up
+// to 11 chunk x V floats (adaptive_kl, which sorts: 17) plus one gradient of the head weight; 2 chunk x V where rows are computed in place
+// (forward KL at temperature 1 on the CPU; on CUDA devices, with the kernels compiled in, every sum of losses that row_terms() takes).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,7 +26,7 @@ struct FusedTeacher {
 
 // hidden [n, d], weight [V, d], bias [V] or undefined; frame.mask [n]. Equal to logit_terms(terms, linear(hidden, weight, bias), ...).
 // Differentiable (first order) in hidden, weight and bias. Under autocast the products run in the autocast type, the loss and
-// the accumulated weight gradient in float32. chunk = 0: chosen so that chunk x V x 4 bytes stay near 32 MiB.
+// the accumulated weight gradient in float32. chunk = 0: as many tokens as logit_chunk() says.
 LogitMeans fused_linear_terms(std::span<const LogitTerm> terms, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const FusedTeacher& teacher,
                               const LogitLossOptions& frame = {}, std::int64_t chunk = 0);
 at::Tensor fused_linear_loss(const LogitLoss& loss, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const FusedTeacher& teacher,
@@ -36,6 +37,5 @@ using PositionLoss = std::function<LogitSums(const at::Tensor& student, const at
 LogitMeans fused_position_loss(const PositionLoss& loss, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias, const FusedTeacher& teacher);
 // The type of the matrix products: what autocast would choose, else the type of the hidden states.
 at::ScalarType fused_product_type(const at::Tensor& hidden);
-std::int64_t fused_chunk(std::int64_t vocabulary);  // the automatic choice
 
 }  // namespace kompakt

@@ -28,8 +28,11 @@ at::ScalarType losses_precision(const Tensor& x) { return x.scalar_type() == at:
 // 1 where a column is real, 0 where it was removed.
 Tensor losses_real(const Tensor& u) { return u.gt(losses_masked / 1e6).to(u.scalar_type()); }
 
-// dL/du_i = q_i (g_i - sum_j q_j g_j) for g = dL/dq.
-Tensor losses_project(const Tensor& q, const Tensor& g) { return q * (g - (q * g).sum(-1, true)); }
+// dL/du_i = q_i (g_i - sum_j q_j g_j) for g = dL/dq, in place of g.
+Tensor losses_project(const Tensor& q, Tensor g) {
+  const Tensor mean = (q * g).sum(-1, true);
+  return g.sub_(mean).mul_(q);
+}
 
 Divergence losses_forward_kl(const LogitPair& pair, const LogitLossOptions&, bool gradient) {
   return {pair.forward_kl(), gradient ? pair.q() - pair.p() : Tensor()};
@@ -42,7 +45,10 @@ Divergence losses_reverse_kl(const LogitPair& pair, const LogitLossOptions&, boo
 }
 
 // log(a p + (1-a) q), 0 < a < 1.
-Tensor losses_log_mixture(const Tensor& log_p, const Tensor& log_q, double a) { return at::logaddexp(log_p + std::log(a), log_q + std::log1p(-a)); }
+Tensor losses_log_mixture(const Tensor& log_p, const Tensor& log_q, double a) {
+  Tensor out = log_p + std::log(a);
+  return at::logaddexp_out(out, out, log_q + std::log1p(-a));
+}
 
 Divergence losses_jsd(const LogitPair& pair, const LogitLossOptions& options, bool gradient) {
   const double beta = options.beta;
@@ -122,14 +128,14 @@ Divergence losses_ranking(const LogitPair& pair, const LogitLossOptions& options
 }
 
 constexpr std::array<LogitLoss, 9> losses_table{{
-    {.name = "forward_kl", .summary = "KL(teacher || student): the student must cover all that the teacher finds likely", .shift_invariant = true, .partition = true, .linear_in_teacher = true, .by_rows = true, .evaluate = losses_forward_kl},
-    {.name = "reverse_kl", .summary = "KL(student || teacher): the student may drop modes but must not invent any", .shift_invariant = true, .partition = true, .evaluate = losses_reverse_kl},
-    {.name = "generalized_jsd", .summary = "generalized Jensen-Shannon divergence with weight beta (GKD)", .uses_beta = true, .shift_invariant = true, .partition = true, .evaluate = losses_jsd},
-    {.name = "skew_forward_kl", .summary = "KL(teacher || mixture of both) with share lambda (DistiLLM)", .uses_lambda = true, .shift_invariant = true, .partition = true, .evaluate = losses_skew_forward},
-    {.name = "skew_reverse_kl", .summary = "KL(student || mixture of both) with share lambda (DistiLLM)", .uses_lambda = true, .shift_invariant = true, .partition = true, .evaluate = losses_skew_reverse},
+    {.name = "forward_kl", .summary = "KL(teacher || student): the student must cover all that the teacher finds likely", .shift_invariant = true, .partition = true, .linear_in_teacher = true, .by_rows = true, .row = rows::RowLoss::forward_kl, .evaluate = losses_forward_kl},
+    {.name = "reverse_kl", .summary = "KL(student || teacher): the student may drop modes but must not invent any", .shift_invariant = true, .partition = true, .row = rows::RowLoss::reverse_kl, .evaluate = losses_reverse_kl},
+    {.name = "generalized_jsd", .summary = "generalized Jensen-Shannon divergence with weight beta (GKD)", .uses_beta = true, .shift_invariant = true, .partition = true, .row = rows::RowLoss::generalized_jsd, .evaluate = losses_jsd},
+    {.name = "skew_forward_kl", .summary = "KL(teacher || mixture of both) with share lambda (DistiLLM)", .uses_lambda = true, .shift_invariant = true, .partition = true, .row = rows::RowLoss::skew_forward_kl, .evaluate = losses_skew_forward},
+    {.name = "skew_reverse_kl", .summary = "KL(student || mixture of both) with share lambda (DistiLLM)", .uses_lambda = true, .shift_invariant = true, .partition = true, .row = rows::RowLoss::skew_reverse_kl, .evaluate = losses_skew_reverse},
     {.name = "adaptive_kl", .summary = "forward and reverse KL, weighted by where they differ: head or tail of the teacher", .shift_invariant = true, .partition = true, .evaluate = losses_adaptive},
-    {.name = "total_variation", .summary = "half the L1 distance of the probabilities", .shift_invariant = true, .partition = true, .evaluate = losses_total_variation},
-    {.name = "logits_mse", .summary = "mean squared difference of the logits", .evaluate = losses_mse},
+    {.name = "total_variation", .summary = "half the L1 distance of the probabilities", .shift_invariant = true, .partition = true, .row = rows::RowLoss::total_variation, .evaluate = losses_total_variation},
+    {.name = "logits_mse", .summary = "mean squared difference of the logits", .row = rows::RowLoss::logits_mse, .evaluate = losses_mse},
     {.name = "ranking", .summary = "hinge on pairs of the teacher's `top` likeliest tokens: their order, and their gaps up to `margin`", .uses_top = true, .shift_invariant = true, .evaluate = losses_ranking},
 }};
 

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "train/row_loss_math.h"
+
 namespace kompakt {
 
 struct LogitLossOptions {
@@ -65,6 +67,7 @@ struct LogitLoss {
   bool partition = false;
   bool linear_in_teacher = false;  // its gradient is linear in the teacher's probabilities: an unbiased sample of those suffices
   bool by_rows = false;  // evaluate_kl_rows() computes it too
+  rows::RowLoss row = rows::RowLoss::none;  // the same loss in the kernels of train/row_losses.h
   // Masked columns hold a large negative finite number in both sides.
   Divergence (*evaluate)(const LogitPair& pair, const LogitLossOptions& options, bool gradient) = nullptr;
 };

@@ -64,6 +64,14 @@ ObjectiveShapes distill_shapes(const DistillOptions& options, const Node& list, 
   return shapes;
 }
 
+// Text whose objectives ask nothing of the teacher (labels alone) or no distribution: the divergence is measured now and then. Of classes
+// the teacher's outputs are a pass over all examples, which nobody asked for. A cache that is filled elsewhere knows no rows yet; a student
+// that is another model may have other tokens.
+bool distill_watched(const DistillOptions& options, const Node& list, const ModelConfig& student, const ModelConfig& teacher, const ObjectiveShapes& shapes) {
+  return shapes.decoder && !shapes.crossed && student.vocab == teacher.vocab && options.student.model.empty() && !(options.has_cache && options.cache.fill == "elsewhere") && !distill_has(list, "logits") &&
+         !distill_monitored(list, student, teacher, shapes);
+}
+
 // The objectives of the list; mistakes that only the shapes of both models tell are among the problems.
 std::vector<std::shared_ptr<Objective>> distill_objectives(const Node& list, const std::vector<std::int64_t>& map, const ObjectiveShapes& shapes, const ModelConfig& student, const ModelConfig& teacher, Problems& problems) {
   auto objectives = build_objectives(list, map, problems, shapes);
@@ -136,6 +144,13 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
   auto objectives = distill_objectives(list, map, shapes, student.config(), teacher, problems);
   problems.throw_if_any("the objectives of the stage distill have mistakes");
   if (distill_monitored(list, student.config(), teacher, shapes)) objectives.push_back(divergence_monitor(!classifier, shapes.tokens));
+  const std::shared_ptr<Objective> watched = distill_watched(options, list, student.config(), teacher, shapes) ? divergence_monitor(true, shapes.tokens) : nullptr;
+  context.watched = watched.get();
+  struct Restore {
+    StageContext& context;
+    BatchSampler* sampler = context.sampler;
+    ~Restore() { context.watched = nullptr, context.sampler = sampler; }
+  } restore{context};
 
   if (context.details) {
     (*context.details)["objective"] = to_json(list);
@@ -148,10 +163,6 @@ TrainResult distill(Transformer& student, const DistillOptions& options, StageCo
   if (teacher.max_positions > 0 && !shapes.crossed) limits.max_positions = limits.max_positions > 0 ? std::min(limits.max_positions, teacher.max_positions) : teacher.max_positions;
   const auto sampler = on_policy_sampler(options.on_policy, limits, {*context.data, options.train.sequence_length, context.seed, context.title, context.ranks});
   context.sampler = sampler.get();
-  struct Restore {
-    StageContext& context;
-    ~Restore() { context.sampler = nullptr; }
-  } restore{context};
   return train(student, options.train, objectives, {}, context);
 }
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "distill/fused_linear.h"
+#include "train/logit_chunk.h"
 #include "train/precision.h"
 
 namespace kompakt {
@@ -67,7 +68,7 @@ struct TokenLogProbs : torch::autograd::Function<TokenLogProbs> {
 
 Tensor token_log_probs(const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& tokens, std::int64_t chunk) {
   if (tokens.numel() == 0) return hidden.sum(-1);  // [0]
-  return TokenLogProbs::apply(hidden, weight, bias.defined() ? bias : at::empty({0}, weight.options()), tokens, chunk > 0 ? chunk : fused_chunk(weight.size(0)));
+  return TokenLogProbs::apply(hidden, weight, bias.defined() ? bias : at::empty({0}, weight.options()), tokens, chunk > 0 ? chunk : logit_chunk(weight.device().type(), weight.size(0), 2));
 }
 
 }  // namespace kompakt

@@ -8,6 +8,7 @@
 #include "core/random.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "distill/fused_linear.h"
 #include "distill/losses.h"
 #include "formats/hdf5_file.h"
 #include "model/transformer.h"
@@ -51,6 +52,31 @@ Json doctor_losses(const c10::Device device) {
     if (std::abs(same) > 1e-5 || std::abs(other - reference) > 1e-4 * std::max(1.0, std::abs(reference))) bad.emplace_back(loss.name);
   }
   return doctor_check(str(logit_losses().size(), " losses against double precision"), bad.empty(), bad.empty() ? device.str() : "wrong: " + join(bad, ", "));
+}
+
+// Output projection and loss in one on the device, where kernels take it when they are compiled in, against double precision on the CPU:
+// several chunks of tokens, an odd vocabulary.
+Json doctor_fused(const c10::Device device) {
+  const at::Tensor hidden = at::randn({37, 24}, at::kFloat), weight = at::randn({301, 24}, at::kFloat), other = at::randn({37, 16}, at::kFloat), head = at::randn({301, 16}, at::kFloat);
+  std::vector<std::string> bad;
+  for (const LogitLoss& loss : logit_losses()) {
+    LogitLossOptions options;
+    options.temperature = 2;
+    const auto run = [&](const c10::Device where, at::ScalarType type) {
+      const auto leaf = [&](const at::Tensor& x) { return x.to(where, type, /*non_blocking=*/false, /*copy=*/true).requires_grad_(); };
+      const at::Tensor h = leaf(hidden), w = leaf(weight);
+      const at::Tensor value = fused_linear_loss(loss, h, w, {}, {{}, other.to(where, type), head.to(where, type), {}, nullptr}, options, 16);
+      value.backward();
+      return std::vector<at::Tensor>{value.detach().cpu().to(at::kDouble), h.grad().cpu().to(at::kDouble), w.grad().cpu().to(at::kDouble)};
+    };
+    const std::vector<at::Tensor> found = run(device, at::kFloat), expected = run(c10::Device(c10::kCPU), at::kDouble);
+    for (std::size_t i = 0; i < found.size(); ++i)
+      if (!((found[i] - expected[i]).norm() <= 5e-3 * expected[i].norm() + 1e-7).item<bool>()) {  // TF32 products, where they are switched on, keep 10 bits
+        bad.emplace_back(loss.name);
+        break;
+      }
+  }
+  return doctor_check(str(logit_losses().size(), " losses with the output projection, against the CPU"), bad.empty(), bad.empty() ? device.str() : "wrong: " + join(bad, ", "));
 }
 
 // Logits and gradients of small models, forward and backward in float32, against the CPU.
@@ -119,9 +145,11 @@ Json doctor() {
   Json checks = Json::array();
   checks.push_back(doctor_grids());
   checks.push_back(doctor_losses(c10::Device(c10::kCPU)));
+  checks.push_back(doctor_fused(c10::Device(c10::kCPU)));
   if (cuda_available()) {
     const c10::Device gpu(c10::kCUDA, 0);
     checks.push_back(doctor_losses(gpu));
+    checks.push_back(doctor_fused(gpu));
     checks.push_back(doctor_models(gpu));
   }
   for (Json& check : doctor_kernels()) checks.push_back(std::move(check));

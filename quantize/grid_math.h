@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__)
-#define KOMPAKT_HD __host__ __device__ __forceinline__
-#else
-#define KOMPAKT_HD inline
-#endif
+#include "core/host_device.h"
 
 namespace kompakt::grid {
 

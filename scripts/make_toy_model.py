@@ -174,6 +174,27 @@ def encode(text, pieces):
         out[i:i + 2] = [pieces[by_id[out[i]] + by_id[out[i + 1]]][0]]
 
 
+def tokenizer_json(pieces):
+    """The same merges as a tokenizer.json: SentencePiece's BPE takes the pair whose piece has the best score, so all splits of a piece are merges of its rank."""
+    by_id = [piece for piece, _ in sorted(pieces.items(), key=lambda item: item[1][0])]
+    names = [{0: "<unk>", 1: "<s>", 2: "</s>"}.get(i, piece.decode("utf-8", "replace").replace(" ", "\u2581")) for i, piece in enumerate(by_id)]
+    merges = []
+    for piece, (token, score) in sorted(pieces.items(), key=lambda item: -item[1][1]):
+        if token < 259:  # special tokens and bytes
+            continue
+        text = piece.decode("utf-8")
+        halves = [(text[:i], text[i:]) for i in range(1, len(text))]
+        merges += [[half.replace(" ", "\u2581") for half in pair] for pair in halves if all(half.encode() in pieces for half in pair)]
+    special = [{"id": i, "content": names[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} for i in range(3)]
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "pre_tokenizer": None, "post_processor": None,
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+        "decoder": {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
+                  "vocab": {name: i for i, name in enumerate(names)}, "merges": merges},
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="+")
@@ -196,6 +217,8 @@ def main():
         ids = torch.tensor(ids)
         calibration = ids[: 272 * 256].view(272, 256).clone()
         evaluation = ids[272 * 256 + 2048:][: 96 * 257].view(96, 257).clone()
+        (options.out / "tokenizer.json").write_text(json.dumps(tokenizer_json(pieces), ensure_ascii=False) + "\n")
+        (options.out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}) + "\n")
     else:
         ids, held = split(characters(options.text))
         print(f"{len(ids)} characters of training text, {len(held)} held out", flush=True)

@@ -6,17 +6,30 @@
 
 #include <algorithm>
 
+#include "train/logit_chunk.h"
+#include "train/row_losses.h"
+
 namespace kompakt {
 namespace {
 
-constexpr std::int64_t chunk_elements = std::int64_t{1} << 24;  // logits of a chunk: 64 MiB in float32
+// Sum of the losses of a chunk; with `gradients` its logits [n,V] become the gradient of that sum.
+at::Tensor cross_entropy_by_softmax(at::Tensor& logits, const at::Tensor& wanted, double smoothing, bool gradients) {
+  const at::Tensor log_sum = at::logsumexp(logits, 1, true);  // [n,1]
+  at::Tensor loss = (log_sum - logits.gather(1, wanted)).sum() * (1 - smoothing);
+  if (smoothing > 0) loss = loss + (log_sum.squeeze(1) - logits.mean(1)).sum() * smoothing;
+  if (!gradients) return loss;
+  logits.sub_(log_sum).exp_();  // softmax, in place
+  logits.scatter_add_(1, wanted, at::full({logits.size(0), 1}, smoothing - 1, logits.options()));
+  if (smoothing > 0) logits.sub_(smoothing / static_cast<double>(logits.size(1)));
+  return loss;
+}
 
 class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy> {
  public:
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                             const at::Tensor& targets, double smoothing, bool gradients, std::int64_t chunk) {
     const std::int64_t tokens = hidden.size(0), vocabulary = weight.size(0);
-    if (chunk <= 0) chunk = std::max<std::int64_t>(chunk_elements / vocabulary, 16);
+    if (chunk <= 0) chunk = logit_chunk(hidden.device().type(), vocabulary, 1);
     const at::ScalarType wide = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     at::Tensor total = at::zeros({}, hidden.options().dtype(wide));
     at::Tensor hidden_gradient, weight_gradient, bias_gradient;
@@ -28,20 +41,19 @@ class ChunkedCrossEntropy : public torch::autograd::Function<ChunkedCrossEntropy
     for (std::int64_t start = 0; start < tokens; start += chunk) {
       const std::int64_t count = std::min(chunk, tokens - start);
       const at::Tensor part = hidden.narrow(0, start, count);
-      const at::Tensor wanted = targets.narrow(0, start, count).unsqueeze(1);                    // [n,1]
-      at::Tensor logits = at::linear(part, weight, bias).to(wide);  // [n,V]
-      const at::Tensor log_sum = at::logsumexp(logits, 1, true);                                 // [n,1]
-      at::Tensor loss = (log_sum - logits.gather(1, wanted)).sum() * (1 - smoothing);
-      if (smoothing > 0) loss = loss + (log_sum.squeeze(1) - logits.mean(1)).sum() * smoothing;
-      total.add_(loss);
+      const at::Tensor wanted = targets.narrow(0, start, count);  // [n]
+      at::Tensor slope = at::linear(part, weight, bias);          // [n,V]: logits, then their gradient
+      if (has_row_kernels(slope.device(), slope.scalar_type())) {
+        total.add_(cross_entropy_rows(slope, wanted.contiguous(), smoothing, 1 / static_cast<double>(tokens), gradients).sum());
+      } else {
+        slope = slope.to(wide);
+        total.add_(cross_entropy_by_softmax(slope, wanted.unsqueeze(1), smoothing, gradients));
+        if (gradients) slope.div_(static_cast<double>(tokens));
+      }
       if (!gradients) continue;
-      at::Tensor slope = logits.sub_(log_sum).exp_();                                            // softmax, in place
-      slope.scatter_add_(1, wanted, at::full({count, 1}, smoothing - 1, slope.options()));
-      if (smoothing > 0) slope.sub_(smoothing / static_cast<double>(vocabulary));
-      slope.div_(static_cast<double>(tokens));
       hidden_gradient.narrow(0, start, count).copy_(at::matmul(slope, weight));
       weight_gradient.add_(at::matmul(slope.t(), part));
-      if (bias_gradient.defined()) bias_gradient.add_(slope.sum(0));
+      if (bias_gradient.defined()) bias_gradient.add_(slope.sum(0, /*keepdim=*/false, wide));
     }
     context->saved_data["gradients"] = gradients;
     if (gradients) context->save_for_backward({hidden_gradient, weight_gradient, bias_gradient});

@@ -48,6 +48,7 @@ struct StageContext {
   const TaskData* data = nullptr;
   TeacherSource* teacher = nullptr;  // null when the run has none
   BatchSampler* sampler = nullptr;   // puts generated texts in place of the data's; null = none
+  Objective* watched = nullptr;      // what the loop measures now and then and does not learn from; needs the teacher; null = nothing
   std::vector<std::int64_t> layer_map;  // student layer -> teacher layer whose output it follows; kept from stage to stage
   WeightMasks masks;             // in and out, kept from stage to stage: train() and the stage quantize leave these weights zero
   Collective* ranks = nullptr;   // the other processes that train with this one; null = none

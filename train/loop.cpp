@@ -86,6 +86,7 @@ class TrainingRun {
       needs_logits_ = needs_logits_ || objective->needs_logits();
     }
     needs_teacher_ = needs_teacher_ || !teacher_taps_.empty();
+    if (context_.watched && !context_.teacher) throw std::logic_error("train: what is watched needs a teacher");
     if (needs_teacher_ && !context_.teacher) throw Error("an objective needs a teacher, and the run has none").at(context_.title).hint("name a teacher in the recipe, or use labels alone");
     if (classification_) student_taps_.insert("final");
   }
@@ -94,7 +95,7 @@ class TrainingRun {
     const std::uint64_t order_seed = CounterRandom(context_.seed, "data-order").key();
     const StepBatches batches(data_, options_, order_seed);
     steps_ = batches.steps();
-    if (needs_teacher_) leader_first(context_.ranks, [&] { context_.teacher->prepare(teacher_taps_); });
+    if (needs_teacher_ || context_.watched) leader_first(context_.ranks, [&] { context_.teacher->prepare(teacher_taps_); });
     if (context_.ranks) share_weights(*context_.ranks, model_);
     identity_ = identity();
     if (context_.ranks) context_.ranks->check_equal(identity_.dump(), "model, teacher, data or options", "all ranks need the same recipe, data and version of kompakt");
@@ -143,6 +144,7 @@ class TrainingRun {
     if (context_.details) {
       (*context_.details)["loss_curve"] = telemetry.loss_curve();
       (*context_.details)["dev_curve"] = telemetry.dev_curve();
+      if (context_.watched) (*context_.details)["watched_curve"] = telemetry.watched_curve();
       (*context_.details)["steps"] = step_;
       (*context_.details)["precision"] = bf16_ ? "bf16" : "float32";
       if (context_.ranks) (*context_.details)["ranks"] = context_.ranks->world();
@@ -356,12 +358,17 @@ class TrainingRun {
     for (const std::string& name : student_taps_) {
       if (!taps.values().count(name)) throw Error(str("the student has no value \"", name, "\"")).at(context_.title).given(name).hint("layers count from 0; see docs for the names of taps");
     }
+    const bool watch = std::exchange(watch_, false);
     TeacherTargets targets;
-    if (needs_teacher_) targets = context_.teacher->targets(batch);
+    if (needs_teacher_ || watch) targets = context_.teacher->targets(batch);
     at::Tensor total;
     for (std::size_t i = 0; i < objectives_.size(); ++i) {
       const at::Tensor value = objectives_[i]->loss({model_, input, batch, logits, hidden, taps, needs_teacher_ ? &targets : nullptr, weights.empty() ? 1 : weights[i]}, parts);
       total = total.defined() ? total + value : value;
+    }
+    if (watch) {
+      const at::NoGradGuard no_grad;
+      context_.watched->loss({model_, input, batch, logits, hidden, taps, &targets}, watched_);
     }
     return total;
   }
@@ -469,7 +476,9 @@ class TrainingRun {
   }
 
   void one_step(std::vector<TokenBatch> batches) {
+    watch_ = context_.watched && telemetry_->watches(step_ + 1);
     StepRecord record = compute(batches, "train-step", step_);
+    watch_ = false;  // a rank without a micro batch has measured nothing
     if (!std::isfinite(record.loss) || !std::isfinite(record.gradient_norm)) stop_for_bad_batch(context_.work, context_.title, batches, record, parallel_->leader());
     const double factor = rate_scale_ * schedule_factor(schedule_, step_, steps_, options_.warmup, options_.final_ratio);
     update(record, factor);
@@ -477,6 +486,11 @@ class TrainingRun {
     record.learning_rate = options_.learning_rate * factor;
     last_loss_ = record.loss;
     telemetry_->step(record);
+    if (watched_.empty()) return;
+    std::vector<std::pair<std::string, double>> parts;
+    for (const LossPart& part : watched_) parts.emplace_back(part.name, part.value.item<double>());
+    watched_.clear();
+    telemetry_->watched(step_ + 1, parts);
   }
 
   // Steps with a growing learning rate on the data of the first steps, with an optimizer of their own; the weights come back.
@@ -522,6 +536,8 @@ class TrainingRun {
   EmaWeights* ema_ = nullptr;
   Telemetry* telemetry_ = nullptr;
   Json identity_;
+  bool watch_ = false;               // the next micro batch is measured: the first that this rank computes in the step
+  std::vector<LossPart> watched_;    // what was found
   Json rate_finder_;       // null: no sweep
   double rate_scale_ = 1;  // found learning rate / that of the recipe
   bool stop_ = false;      // a signal has come to some rank

@@ -24,7 +24,7 @@ struct TrainResult {
 // (seed, step), so a resumed run gives the bytes of an unbroken one on the same machine and thread count.
 // A loss that is NaN or infinite stops with an Error and leaves the batch in work/bad_batch.json.
 // Weights that context.masks holds at zero stay exactly zero, beside what `constraints` ask for.
-// Writes context.details["loss_curve"] and ["dev_curve"], and metrics events. One work folder serves one call: a stage that trains twice gives each its own.
+// Writes context.details["loss_curve"] and ["dev_curve"], with context.watched ["watched_curve"], and metrics events. One work folder serves one call: a stage that trains twice gives each its own.
 // `monitor` (may be null) is asked after every step; what it remembers is saved with the state.
 TrainResult train(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives,
                   const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context, TrainMonitor* monitor = nullptr);

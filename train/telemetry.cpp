@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::int64_t curve_points = 250;
 constexpr std::int64_t event_steps = 10;
+constexpr std::int64_t watched_points = 20, watched_steps = 10;
 
 Json telemetry_parts(const std::vector<std::pair<std::string, double>>& parts) {
   Json out = Json::object();
@@ -25,11 +26,12 @@ double telemetry_since(std::chrono::steady_clock::time_point start) { return std
 }  // namespace
 
 Telemetry::Telemetry(std::string title, std::int64_t steps, const Json& saved, c10::Device device)
-    : title_(title), device_(device), steps_(steps), curve_every_((steps + curve_points - 1) / curve_points), event_every_(std::min(event_steps, curve_every_)),
+    : title_(title), device_(device), steps_(steps), curve_every_((steps + curve_points - 1) / curve_points), event_every_(std::min(event_steps, curve_every_)), watch_every_(std::max(watched_steps, (steps + watched_points - 1) / watched_points)),
       start_(std::chrono::steady_clock::now()), event_start_(start_), progress_(title, steps) {
   if (saved.is_null()) return;
   loss_curve_ = saved.at("loss_curve");
   dev_curve_ = saved.at("dev_curve");
+  watched_curve_ = saved.value("watched_curve", Json::array());
   for (const auto& [name, value] : saved.at("sums").items()) sums_.emplace_back(name, value.get<double>());
   summed_ = saved.at("summed").get<std::int64_t>();
   seconds_before_ = saved.at("seconds").get<double>();
@@ -74,10 +76,15 @@ void Telemetry::dev(double epoch, std::int64_t step, double score) {
   event_tokens_ = 0;
 }
 
+void Telemetry::watched(std::int64_t step, const std::vector<std::pair<std::string, double>>& parts) {
+  watched_curve_.push_back({{"step", step}, {"parts", telemetry_parts(parts)}});
+  log_metric("watched", {{"stage", title_}, {"step", step}, {"parts", telemetry_parts(parts)}});
+}
+
 void Telemetry::finish() { progress_.finish("in " + human_seconds(seconds()) + note_); }
 
 Json Telemetry::save() const {
-  return {{"loss_curve", loss_curve_}, {"dev_curve", dev_curve_}, {"sums", telemetry_parts(sums_)}, {"summed", summed_}, {"seconds", seconds()}};
+  return {{"loss_curve", loss_curve_}, {"dev_curve", dev_curve_}, {"watched_curve", watched_curve_}, {"sums", telemetry_parts(sums_)}, {"summed", summed_}, {"seconds", seconds()}};
 }
 
 }  // namespace kompakt

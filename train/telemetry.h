@@ -30,6 +30,9 @@ class Telemetry {
   Telemetry(std::string title, std::int64_t steps, const Json& saved, c10::Device device = c10::Device(c10::kCPU));
   void step(const StepRecord& record);
   void dev(double epoch, std::int64_t step, double score);
+  // Of the first step, about twenty times a training but never more often than every ten steps, and of the last. Step from 1.
+  bool watches(std::int64_t step) const { return step == 1 || step % watch_every_ == 0 || step == steps_; }
+  void watched(std::int64_t step, const std::vector<std::pair<std::string, double>>& parts);
   void finish();
   double seconds() const;  // over all processes of this training
 
@@ -38,12 +41,13 @@ class Telemetry {
   // [{"step":..,"loss":..,"learning_rate":..,"parts":{..}}]
   const Json& loss_curve() const { return loss_curve_; }
   const Json& dev_curve() const { return dev_curve_; }  // [{"epoch":..,"step":..,"score":..}]
+  const Json& watched_curve() const { return watched_curve_; }  // [{"step":..,"parts":{..}}], of single steps
 
  private:
   std::string title_;
   c10::Device device_;
-  std::int64_t steps_, curve_every_, event_every_;
-  Json loss_curve_ = Json::array(), dev_curve_ = Json::array();
+  std::int64_t steps_, curve_every_, event_every_, watch_every_;
+  Json loss_curve_ = Json::array(), dev_curve_ = Json::array(), watched_curve_ = Json::array();
   std::vector<std::pair<std::string, double>> sums_;  // since the last point of the curve: loss first, then parts
   std::int64_t summed_ = 0;
   double seconds_before_ = 0;

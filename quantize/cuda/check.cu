@@ -3,9 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <cmath>
-#include <cstring>
-
+#include "core/cuda_check.h"
 #include "quantize/cuda/kernels.h"
 #include "quantize/grid_math.h"
 #include "quantize/kernels.h"
@@ -13,93 +11,12 @@
 namespace kompakt::cuda {
 namespace {
 
-// Device memory with the contents of a host vector; empty vectors give null.
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) : size_(host.size()) {
-    if (size_ == 0) return;
-    status_ = cudaMalloc(&data_, size_ * sizeof(T));
-    if (status_ == cudaSuccess) status_ = cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice);
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* get() { return static_cast<T*>(data_); }
-  std::vector<T> host() {
-    std::vector<T> out(size_);
-    if (status_ == cudaSuccess && size_ > 0) status_ = cudaMemcpy(out.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost);
-    return out;
-  }
-  cudaError_t status() const { return status_; }
-
- private:
-  void* data_ = nullptr;
-  std::size_t size_;
-  cudaError_t status_ = cudaSuccess;
-};
-
-// Values that look like weights and are the same on every machine: sum of four uniform numbers of a congruential generator.
-std::vector<float> weights_like(std::size_t count, std::uint32_t seed) {
-  std::vector<float> out(count);
-  for (float& value : out) {
-    float sum = -2;
-    for (int i = 0; i < 4; ++i) seed = seed * 1664525u + 1013904223u, sum += static_cast<float>(seed >> 8) / 16777216.0f;
-    value = sum;
-  }
-  return out;
-}
-
 std::vector<std::int8_t> codes_like(std::size_t count, int low, int high) {
   std::vector<std::int8_t> out(count);
   std::uint32_t seed = 11;
   for (std::int8_t& code : out) seed = seed * 1664525u + 1013904223u, code = static_cast<std::int8_t>(low + static_cast<int>((seed >> 16) % static_cast<unsigned>(high - low + 1)));
   return out;
 }
-
-// Share of entries that are not the same bits.
-template <class T>
-double unequal(const std::vector<T>& a, const std::vector<T>& b) {
-  std::size_t count = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) count += std::memcmp(&a[i], &b[i], sizeof(T)) != 0;
-  return a.empty() ? 0 : static_cast<double>(count) / static_cast<double>(a.size());
-}
-
-double relative_difference(const std::vector<float>& a, const std::vector<float>& b) {
-  double difference = 0, square = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) difference += (double(a[i]) - b[i]) * (double(a[i]) - b[i]), square += double(b[i]) * b[i];
-  return square > 0 ? std::sqrt(difference / square) : difference;
-}
-
-class Checker {
- public:
-  explicit Checker(std::string device) : device_(std::move(device)) {}
-
-  // Rounding and packing: the same bits as the CPU.
-  template <class T>
-  void same(const std::string& kernel, int launch, DeviceArray<T>& result, const std::vector<T>& expected) {
-    const std::vector<T> host = result.host();  // waits for the kernel
-    add(kernel, launch, result.status(), unequal(host, expected), 0);
-  }
-  // Sums: both add floats, in different orders; a few units in the last place of some hundred summands.
-  void close(const std::string& kernel, int launch, DeviceArray<float>& result, const std::vector<float>& expected) {
-    const std::vector<float> host = result.host();
-    add(kernel, launch, result.status(), relative_difference(host, expected), 1e-5);
-  }
-
-  std::vector<KernelCheck> checks;
-
- private:
-  void add(const std::string& kernel, int launch, cudaError_t status, double difference, double allowed) {
-    const cudaError_t error = launch != 0 ? static_cast<cudaError_t>(launch) : status;
-    KernelCheck check{kernel, error == cudaSuccess && difference <= allowed, device_};
-    if (error != cudaSuccess) check.note = device_ + ": " + cudaGetErrorString(error);
-    else if (!check.passed) check.note = device_ + ": differs from the CPU by " + std::to_string(difference);
-    checks.push_back(check);
-  }
-
-  std::string device_;
-};
 
 struct CheckedLayout {
   const char* name;
@@ -195,11 +112,9 @@ int device_count() {
 }
 
 std::vector<KernelCheck> check_kernels(int index) {
-  cudaDeviceProp properties{};
-  cudaError_t error = cudaSetDevice(index);
-  if (error == cudaSuccess) error = cudaGetDeviceProperties(&properties, index);
-  if (error != cudaSuccess) return {{"CUDA kernels", false, std::string("device ") + std::to_string(index) + ": " + cudaGetErrorString(error)}};
-  Checker checker("cuda:" + std::to_string(index) + ", " + properties.name);
+  std::string device;
+  if (const int error = select_device(index, device); error != 0) return {{"CUDA kernels", false, device + ": " + cudaGetErrorString(static_cast<cudaError_t>(error))}};
+  Checker checker(device);
   for (const CheckedLayout& layout : checked_layouts) check_layout(layout, checker);
   check_fits(checker);
   return std::move(checker.checks);

@@ -1,16 +1,11 @@
 // Runs every kernel of kernels.h on a CUDA device and holds the result against its CPU twin (quantize/kernels.h).
 #pragma once
 
-#include <string>
 #include <vector>
 
-namespace kompakt::cuda {
+#include "core/kernel_check.h"
 
-struct KernelCheck {
-  std::string kernel;
-  bool passed = false;
-  std::string note;  // device, or what differed
-};
+namespace kompakt::cuda {
 
 // Devices that the CUDA runtime sees; 0 without a driver. Never throws.
 int device_count();

@@ -262,6 +262,62 @@ TEST_CASE("lambda: none is the ordinary training bit by bit, and the share of st
   CHECK(count < 120);
 }
 
+TEST_CASE("on-policy training lowers reverse KL, on held-out text and on what the student writes, and is another training than that on the data") {
+  const TaskData data = tiny_text();
+  const std::shared_ptr<Transformer> teacher = tiny_decoder(3);
+  DistillOptions options = policy_options(1);
+  options.objective = parse_yaml("[{logits: reverse_kl}]", "test");
+  options.on_policy.temperature = 1, options.on_policy.max_new_tokens = 10;
+  options.train.steps = 80, options.train.batch_size = 8, options.train.learning_rate = 5e-3;
+  ModelInput heldout;  // text of another seed
+  {
+    Ids ids;
+    for (const Ids& document : tiny_text(2).train_documents) ids.insert(ids.end(), document.begin(), document.begin() + 32);
+    heldout.ids = at::tensor(ids, at::kLong).view({-1, 32});
+  }
+  // Mean KL(student || teacher) a token, of texts or of continuations that the student writes after their first five tokens.
+  const auto reverse = [&](const Transformer& student, bool own) {
+    const at::NoGradGuard no_grad;
+    ModelInput input = heldout;
+    if (own) {
+      std::vector<Ids> prompts;
+      std::vector<std::uint64_t> seeds;
+      for (std::int64_t r = 0; r < 64; ++r) {
+        const std::int64_t* row = heldout.ids.const_data_ptr<std::int64_t>() + r % heldout.ids.size(0) * 32 + r / heldout.ids.size(0);
+        prompts.emplace_back(row, row + 5);
+        seeds.push_back(static_cast<std::uint64_t>(r));
+      }
+      GenerateOptions generate;
+      generate.temperature = 1, generate.max_new_tokens = 10;
+      const auto texts = generate_batch(student, prompts, generate, seeds);
+      Ids ids;
+      for (std::size_t r = 0; r < texts.size(); ++r) ids.insert(ids.end(), prompts[r].begin(), prompts[r].end()), ids.insert(ids.end(), texts[r].begin(), texts[r].end());
+      input.ids = at::tensor(ids, at::kLong).view({64, -1});
+    }
+    const at::Tensor q = at::log_softmax(student.forward(input).to(at::kDouble), -1), p = at::log_softmax(teacher->forward(input).to(at::kDouble), -1);
+    return (q.exp() * (q - p)).sum(-1).mean().item<double>();
+  };
+  const TemporaryFolder work;
+  const auto trained = [&](const char* name) {
+    const Outcome outcome = run_distill_stage(options, data, work.path() / name);
+    auto student = make_student(*teacher, options.student);
+    const at::NoGradGuard no_grad;
+    for (const NamedParameter& parameter : student->parameters())
+      for (const auto& [other, value] : outcome.weights)
+        if (other == parameter.name) parameter.value->copy_(value);
+    return student;
+  };
+  const auto start = make_student(*teacher, options.student), on_policy = trained("on");
+  options.on_policy.lambda = 0;
+  const auto off_policy = trained("off");
+  INFO("held out: " << reverse(*start, false) << " to " << reverse(*on_policy, false) << " (off-policy " << reverse(*off_policy, false) << "); own texts: " << reverse(*start, true) << " to "
+                    << reverse(*on_policy, true) << " (off-policy " << reverse(*off_policy, true) << ")");
+  CHECK(reverse(*on_policy, false) < 0.8 * reverse(*start, false));
+  CHECK(reverse(*on_policy, true) < 0.8 * reverse(*start, true));
+  CHECK(reverse(*on_policy, true) < reverse(*off_policy, true));  // it learned from its own texts
+  CHECK_FALSE(same_parameters(copy_of(*on_policy), copy_of(*off_policy)));
+}
+
 TEST_CASE("on-policy training: killed and resumed to the same bytes; the metric of each sampled step") {
   class Killing final : public TeacherSource {
    public:

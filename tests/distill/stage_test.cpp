@@ -6,6 +6,7 @@
 #include <cmath>
 #include <filesystem>
 
+#include "core/files.h"
 #include "core/node.h"
 #include "distill/losses.h"
 #include "distill/stage.h"
@@ -251,6 +252,20 @@ TEST_CASE("objective kinds explain themselves") {
   }
 }
 
+TEST_CASE("every row of the objectives is built from a recipe, and described in docs/objectives.md") {
+  const std::string page = read_text(source_folder() / "docs/objectives.md");
+  for (const ObjectiveKindInfo& kind : objective_kinds()) {
+    ObjectiveShapes shapes;
+    shapes.decoder = kind.key != "embedding";
+    shapes.crossed = kind.key == "cross_tokenizer", shapes.sampled = kind.key == "policy";
+    for (const std::string& name : kind.names) {
+      INFO(kind.key << ": " << name);
+      CHECK(objectives_of("[{" + kind.key + ": " + name + "}]", {0, 1}, shapes).size() == 1);
+      CHECK(contains_all(page, {("`" + kind.key + ": ").c_str(), (name + "`").c_str()}));
+    }
+  }
+}
+
 TEST_CASE("options of the stage are read and written") {
   DistillOptions options;
   Problems problems;
@@ -416,6 +431,51 @@ TEST_CASE("the divergence is logged beside objectives that look at other values 
     CHECK(parts.at("teacher_forward_kl").get<double>() == Approx(beside.at("loss_curve").front().at("parts").at("forward_kl").get<double>()).epsilon(1e-6));
     for (std::size_t i = 0; i < a->parameters().size(); ++i) CHECK(at::equal(*a->parameters()[i].value, *b->parameters()[i].value));
   }
+}
+
+TEST_CASE("with labels alone the divergence is measured now and then, and changes neither weights nor score") {
+  const std::shared_ptr<Transformer> teacher = tiny_decoder(3);
+  TaskData data = tiny_text();
+  data.heldout = tiny_text(2).calibration;
+  const auto source = live_teacher(teacher);
+  DistillOptions options;
+  options.student.keep_layers = {0, 2};
+  options.objective = parse_yaml("[{labels: cross_entropy}]", "test");
+  options.train.steps = 23, options.train.batch_size = 4, options.train.sequence_length = 16, options.train.precision = "float32";
+  TrainResult results[2];
+  Json details[2] = {Json::object(), Json::object()};
+  std::vector<std::pair<std::string, at::Tensor>> weights[2];
+  for (const int watched : {0, 1}) {
+    StageContext context;
+    context.title = "01-distill", context.work = scratch("watched"), context.seed = 5, context.data = &data, context.teacher = source.get(), context.details = &details[watched];
+    const auto student = make_student(*teacher, options.student);
+    if (watched) results[1] = distill(*student, options, context);
+    else results[0] = train(*student, options.train, objectives_of("[{labels: cross_entropy}]", student_layer_map(options.student, 3), objective_shapes(*student, teacher->config(), 5)), {}, context);
+    CHECK(context.watched == nullptr);
+    weights[watched] = copy_of(*student);
+    std::filesystem::remove_all(context.work);
+  }
+  CHECK(same_parameters(weights[0], weights[1]));
+  CHECK(results[0].dev_score == results[1].dev_score);
+  CHECK_FALSE(details[0].contains("watched_curve"));
+  const Json& curve = details[1].at("watched_curve");
+  REQUIRE(curve.size() == 4);
+  for (std::size_t i = 0; i < 4; ++i) {
+    CHECK(curve[i].at("step") == std::vector<int>{1, 10, 20, 23}[i]);
+    CHECK(curve[i].at("parts").at("teacher_forward_kl").get<double>() > 0);
+    CHECK(curve[i].at("parts").at("teacher_reverse_kl").get<double>() > 0);
+  }
+  CHECK_FALSE(details[1].at("loss_curve").front().at("parts").contains("teacher_forward_kl"));
+  // The first is what a logit loss measures on the first step's rows.
+  options.objective = parse_yaml("[{logits: reverse_kl}]", "test");
+  options.train.steps = 1;
+  Json other = Json::object();
+  StageContext context;
+  context.title = "01-distill", context.work = scratch("watched"), context.seed = 5, context.data = &data, context.teacher = source.get(), context.details = &other;
+  distill(*make_student(*teacher, options.student), options, context);
+  std::filesystem::remove_all(context.work);
+  for (const char* part : {"teacher_forward_kl", "teacher_reverse_kl"})
+    CHECK(curve[0].at("parts").at(part).get<double>() == Approx(other.at("loss_curve").front().at("parts").at(part).get<double>()).epsilon(1e-6));
 }
 
 TEST_CASE("relation heads that do not divide are a mistake of the list") {
