@@ -110,7 +110,7 @@ void run_distill(const Node& node, StageRun& run) {
     own = tokenize_data(run.recipe, load_data(run.recipe), *run.current.tokenizer, run.current.model->config());
     run.context.data = &own->task;
     run.context.masks.clear();
-    run.context.layer_map = other_layer_map(options.student, run.current.model->config(), run.teacher->config());
+    run.context.layer_map = other_layer_map(options.student, run.current.model->config(), run.teacher.config());
   }
   if (!options.student.config.empty()) {
     const ModelConfig config = random_student(options.student, run.recipe);
@@ -118,7 +118,7 @@ void run_distill(const Node& node, StageRun& run) {
     run.current.model = std::make_unique<Transformer>(config, run.context.seed, run.context.device);
     run.current.quantized.clear();
     run.context.masks.clear();
-    run.context.layer_map = other_layer_map(options.student, config, run.teacher->config());
+    run.context.layer_map = other_layer_map(options.student, config, run.teacher.config());
   }
   if (!options.student.keep_layers.empty()) {
     refuse_masks(run.context, "keep_layers makes a model of other layers");
@@ -129,7 +129,7 @@ void run_distill(const Node& node, StageRun& run) {
   std::unique_ptr<TeacherSource> source;
   const std::filesystem::path outputs = store_folder(run.recipe.store, run.recipe.base) / "teacher-outputs";
   if (run.context.data->kind == TaskData::Kind::text && run.teacher && run.teacher_tokenizer) {
-    const VocabularyComparison common = compare_students(options, *run.current.tokenizer, run.current.model->config(), *run.teacher_tokenizer, run.teacher->config());
+    const VocabularyComparison common = compare_students(options, *run.current.tokenizer, run.current.model->config(), *run.teacher_tokenizer, run.teacher.config());
     if (run.context.details) (*run.context.details)["vocabularies"] = common.json();
     if (crosses_tokenizers(options.objective)) {
       log_info(str(run.context.title, ": ", common.text()));
@@ -138,16 +138,18 @@ void run_distill(const Node& node, StageRun& run) {
   }
   if (options.has_cache) {
     SparseCacheOptions cache = options.cache;
-    if (run.current.model->config().vocab < run.teacher->config().vocab) cache.columns = shared_logits(run.current.model->config().vocab, run.teacher->config().vocab);
+    if (run.current.model->config().vocab < run.teacher.config().vocab) cache.columns = shared_logits(run.current.model->config().vocab, run.teacher.config().vocab);
     source = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, cache, outputs);
   }
   if (source) run.context.teacher = source.get();
+  if (options.has_cache) run.teacher.release();  // rows that are missing bring it back
   std::unique_ptr<BatchSampler> writer;
   if (options.has_teacher_text) {
     writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title, !run.context.ranks || run.context.ranks->leader()});
     run.context.sampler = writer.get();
   }
   distill(*run.current.model, options, run.context);
+  if (options.has_cache && run.context.details) (*run.context.details)["teacher_loaded"] = run.teacher.loaded();  // false: the cache had every row
   run.current.quantized.clear();
 }
 

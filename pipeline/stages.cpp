@@ -32,6 +32,7 @@
 #include "quantize/stage.h"
 #include "quantize/tune.h"
 #include "train/mask.h"
+#include "train/sparse_codec.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -91,6 +92,8 @@ Node check_stage(const Node& node, const std::string& context, Problems& problem
     check_budget(options, node.place.text(), problems);
     check_grid_training(options, std::nullopt, node.place.text(), problems);
   }
+  if constexpr (std::is_same_v<Options, EvaluateOptions>)
+    if (options.has_cache && options.cache.tail % 2 != 0) problems.add(Error("cache.tail must be even: each half of the draws is independent of the other").at(node.place.text()).given(str(options.cache.tail)).allowed(str(options.cache.tail + 1)));
   if constexpr (std::is_same_v<Options, SearchOptions>) check_search(options, node.place.text(), problems);
   if constexpr (std::is_same_v<Options, ExportOptions>) {
     for (const std::string& format : options.formats)
@@ -295,7 +298,13 @@ void plan_export(const Node& node, const PlanInput&, PlannedModel& model) {
   if (!all.empty()) throw Error(join(all, "; ")).at("stage \"export\"").hint("choose another format, or a grid that this format can hold");
 }
 
-void plan_evaluate(const Node&, const PlanInput&, PlannedModel&) {}
+void plan_evaluate(const Node& node, const PlanInput& input, PlannedModel& model) {
+  const auto options = read_stage<EvaluateOptions>(node);
+  if (!options.has_cache) return;
+  if (input.recipe.is_classification()) throw Error("\"cache\" of the stage evaluate is for text").at(node.place.text()).hint("remove the key: of classes the teacher's predictions are kept anyway");
+  const SparseLayout row{1, std::min(options.cache.top, input.teacher.vocab), options.cache.tail, input.teacher.vocab};
+  model.notes.push_back(str("the teacher's outputs on the test set take at most ", row.packed_bytes(), " bytes a token"));
+}
 void run_evaluate(const Node&, StageRun&) {}  // measuring happens after every stage; this one carries its options
 
 }  // namespace
@@ -312,6 +321,10 @@ void fields(FieldVisitor& v, EvaluateOptions& o) {
   v.integer("latency_tokens", o.measure.latency_tokens, "tokens of that request", {.min = 1});
   v.integer("latency_repeats", o.measure.latency_repeats, "timed requests", {.min = 1});
   v.integer("batch_size", o.measure.batch_size, "texts per forward pass", {.min = 1});
+  v.section("cache", o.has_cache, "text: KL and same top-1 from the teacher's likeliest tokens and draws from the rest, kept on disk: a teacher whose outputs are there is not loaded", [&](FieldVisitor& inner) {
+    inner.integer("top", o.cache.top, "likeliest tokens kept of every position", {.min = 1.0, .max = 4096.0});
+    inner.integer("tail", o.cache.tail, "draws from all other tokens, an even number; 0 = none: KL is then a lower bound", {.min = 0.0, .max = 4096.0});
+  });
   v.flag("cascade", o.cascade, "curve of the share kept by the small model against the accuracy of small model and teacher together");
 }
 
@@ -346,6 +359,12 @@ bool works_by_blocks(const RecipeStage& stage) {
   if (stage.row->name != "quantize") return false;
   const auto options = read_stage<QuantizeOptions>(stage.options);
   return !find_quantization_method(options.method)->needs_train && !options.tunes_model();
+}
+
+bool starts_afresh(const RecipeStage& stage) {
+  if (stage.row->name != "distill") return false;
+  const StudentOptions student = read_stage<DistillOptions>(stage.options).student;
+  return !student.config.empty() || !student.model.empty();
 }
 
 std::vector<TrainOptions> shared_trainings(const RecipeStage& stage) {
