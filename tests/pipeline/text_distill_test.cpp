@@ -11,6 +11,7 @@
 #include "pipeline/recipe.h"
 #include "pipeline/run.h"
 #include "tests/distill/tokenizers.h"
+#include "tests/pipeline/tiny.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
 
@@ -167,6 +168,22 @@ TEST_CASE("a run whose cache is full does without the teacher's weights, in trai
   CHECK(held.at("details").at("loss_curve") != second.at("details").at("loss_curve"));
   CHECK(read_json(path("e") / "manifest.json").at("teacher").at("language") == read_json(path("d") / "manifest.json").at("teacher").at("language"));
   CHECK(contains_all(error_text([&] { recipe("{config: small.json}", "1e-3", ", cache: {tail: 3}", ", precision: int5"); }), {"cache.tail must be even", "int5", "float32, bf16, int8, int4"}));
+}
+
+TEST_CASE("a classifier's teacher in fewer bits: every stage that learns from it is another, the one that made it is not") {
+  TinySetting tiny;
+  const auto run = [&](const std::vector<std::string>& sets, const char* out) {
+    CHECK(run_recipe(read_recipe(tiny.recipe(), sets), {.out = tiny.out(out)}).code == ExitCode::ok);
+    return read_json(tiny.out(out) / "manifest.json").at("stages");
+  };
+  const Json plain = run({}, "plain"), held = run({"teacher.precision=int8"}, "held");
+  CHECK(held.at(0).at("reused").get<bool>());
+  for (std::size_t i = 1; i <= 3; ++i) CHECK(held.at(i).at("key") != plain.at(i).at("key"));  // distill, prune with recovery, quantize by qad
+  CHECK(held.at(1).at("details").at("loss_curve") != plain.at(1).at("details").at("loss_curve"));
+  CHECK(run({}, "plain").at(3).at("reused").get<bool>());
+  tiny.write_recipe("\n  - finetune: {steps: 2}\n  - evaluate: {cache: {}}\n");
+  const Recipe cached = read_recipe(tiny.recipe());
+  CHECK(contains_all(error_text([&] { predict_stages(cached, load_data(cached)); }), {"evaluate", "for text"}));
 }
 
 TEST_CASE("runs of text go on from an earlier one: perplexity of the text before and after, in pairs", "[continual]") {
