@@ -44,6 +44,6 @@ at::Tensor span_divergence(const at::Tensor& student, const at::Tensor& teacher,
 // A live teacher for batches of the student's tokenizer: spells every document of a row, tokenizes it anew, packs and aligns. Gives `hidden`
 // and head of its own tokens and `alignment`; no taps. Special tokens end a document on both sides and are aligned with each other.
 // Tokenizers must outlive the source.
-std::unique_ptr<TeacherSource> cross_tokenizer_teacher(std::shared_ptr<const Transformer> teacher, const Tokenizer& student_tokenizer, const Tokenizer& teacher_tokenizer);
+std::unique_ptr<TeacherSource> cross_tokenizer_teacher(FrozenTeacher teacher, const Tokenizer& student_tokenizer, const Tokenizer& teacher_tokenizer);
 
 }  // namespace kompakt

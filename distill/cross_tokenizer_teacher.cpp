@@ -30,14 +30,14 @@ std::size_t cross_whole_characters(std::string_view text) {
 
 class CrossTokenizerTeacher final : public TeacherSource {
  public:
-  CrossTokenizerTeacher(std::shared_ptr<const Transformer> teacher, const Tokenizer& student_tokenizer, const Tokenizer& teacher_tokenizer)
-      : live_(live_teacher(teacher)), student_{student_tokenizer, {}, false}, teacher_{teacher_tokenizer, {}, false}, device_(teacher->device()) {
+  CrossTokenizerTeacher(const FrozenTeacher& teacher, const Tokenizer& student_tokenizer, const Tokenizer& teacher_tokenizer)
+      : live_(live_teacher(teacher)), student_{student_tokenizer, {}, false}, teacher_{teacher_tokenizer, {}, false}, device_(teacher.device()) {
     for (Side* side : {&student_, &teacher_}) {
       side->table = token_byte_table(side->tokenizer);
       side->dummy = has_dummy_prefix(side->tokenizer);
     }
     std::map<std::string_view, std::int64_t> by_bytes;
-    for (std::int64_t id = 0; id < std::min<std::int64_t>(teacher_.tokenizer.vocab_size(), teacher->config().vocab); ++id)
+    for (std::int64_t id = 0; id < std::min<std::int64_t>(teacher_.tokenizer.vocab_size(), teacher.config().vocab); ++id)
       if (const std::string& bytes = teacher_.table[static_cast<std::size_t>(id)]; !bytes.empty()) by_bytes.emplace(bytes, id);  // the first of equals
     std::vector<std::int64_t> student_ids, teacher_ids;
     const auto pair = [&](std::int64_t mine, std::int64_t other) { student_ids.push_back(mine), teacher_ids.push_back(other); };
@@ -181,7 +181,7 @@ class CrossTokenizerTeacher final : public TeacherSource {
 
 }  // namespace
 
-std::unique_ptr<TeacherSource> cross_tokenizer_teacher(std::shared_ptr<const Transformer> teacher, const Tokenizer& student_tokenizer, const Tokenizer& teacher_tokenizer) {
+std::unique_ptr<TeacherSource> cross_tokenizer_teacher(FrozenTeacher teacher, const Tokenizer& student_tokenizer, const Tokenizer& teacher_tokenizer) {
   return std::make_unique<CrossTokenizerTeacher>(std::move(teacher), student_tokenizer, teacher_tokenizer);
 }
 

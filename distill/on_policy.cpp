@@ -166,9 +166,9 @@ class OnPolicySampler final : public CompletionSampler {
 
 class TeacherTextSampler final : public CompletionSampler {
  public:
-  TeacherTextSampler(std::shared_ptr<const Transformer> teacher, const CompletionOptions& options, std::int64_t batch_size, const std::filesystem::path& folder, SamplerFrame frame_in)
-      : CompletionSampler(options, teacher->config(), std::move(frame_in)), teacher_(std::move(teacher)) {
-    key_ = sha256(str("teacher-text/1\n", fingerprint(*teacher_), "\n", frame().data.hash, "\n", frame().sequence_length, "\n", batch_size, "\n", frame().seed, "\n", completion_identity().dump()));
+  TeacherTextSampler(FrozenTeacher teacher, const CompletionOptions& options, std::int64_t batch_size, const std::filesystem::path& folder, SamplerFrame frame_in)
+      : CompletionSampler(options, teacher.config(), std::move(frame_in)), teacher_(std::move(teacher)) {
+    key_ = sha256(str("teacher-text/1\n", teacher_.fingerprint(), "\n", frame().data.hash, "\n", frame().sequence_length, "\n", batch_size, "\n", frame().seed, "\n", completion_identity().dump()));
     make_folder(folder);
     file_ = folder / ("texts-" + key_.substr(0, 32) + ".txt");
     load();
@@ -199,7 +199,7 @@ class TeacherTextSampler final : public CompletionSampler {
     std::vector<std::uint64_t> seeds;
     for (const std::int64_t row : batch.examples) seeds.push_back(CounterRandom(frame().seed, str("teacher-text/", row)).key());
     const auto start = std::chrono::steady_clock::now();
-    std::vector<Tokens> texts = write(*teacher_, prompts, seeds);
+    std::vector<Tokens> texts = write(*teacher_.model(), prompts, seeds);
     std::int64_t tokens = 0;
     for (std::size_t r = 0; r < texts.size(); ++r) {
       tokens += static_cast<std::int64_t>(texts[r].size());
@@ -247,7 +247,7 @@ class TeacherTextSampler final : public CompletionSampler {
     }
   }
 
-  std::shared_ptr<const Transformer> teacher_;
+  FrozenTeacher teacher_;
   std::string key_;
   std::filesystem::path file_;
   std::map<std::int64_t, Tokens> texts_;  // by row
@@ -283,7 +283,7 @@ std::unique_ptr<BatchSampler> on_policy_sampler(const OnPolicyOptions& options, 
   return std::make_unique<OnPolicySampler>(options, student, std::move(frame));
 }
 
-std::unique_ptr<BatchSampler> teacher_text_sampler(std::shared_ptr<const Transformer> teacher, const CompletionOptions& options, std::int64_t batch_size, std::filesystem::path folder, SamplerFrame frame) {
+std::unique_ptr<BatchSampler> teacher_text_sampler(FrozenTeacher teacher, const CompletionOptions& options, std::int64_t batch_size, std::filesystem::path folder, SamplerFrame frame) {
   return std::make_unique<TeacherTextSampler>(std::move(teacher), options, batch_size, folder, std::move(frame));
 }
 

@@ -10,6 +10,7 @@
 #include "core/fields.h"
 #include "train/batch_sampler.h"
 #include "train/context.h"
+#include "train/frozen_teacher.h"
 
 namespace kompakt {
 
@@ -48,6 +49,6 @@ struct SamplerFrame {
 std::unique_ptr<BatchSampler> on_policy_sampler(const OnPolicyOptions& options, const ModelConfig& student, SamplerFrame frame);
 // Every row is replaced by a prompt and the teacher's completion, a function of (seed, row, and the rows of its batch as far as rounding goes),
 // written when first asked for and kept in `folder`/texts-<key>.txt, so that a later run reads it.
-std::unique_ptr<BatchSampler> teacher_text_sampler(std::shared_ptr<const Transformer> teacher, const CompletionOptions& options, std::int64_t batch_size, std::filesystem::path folder, SamplerFrame frame);
+std::unique_ptr<BatchSampler> teacher_text_sampler(FrozenTeacher teacher, const CompletionOptions& options, std::int64_t batch_size, std::filesystem::path folder, SamplerFrame frame);
 
 }  // namespace kompakt

@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "core/hash.h"
+#include "core/paging.h"
 #include "core/text.h"
 #include "formats/safetensors.h"
 #include "model/checkpoint_source.h"
@@ -43,10 +44,19 @@ CheckpointSource checkpoint_safetensors(const std::filesystem::path& folder, con
   source.place = folder.string();
   for (const TensorData& tensor : file->tensors()) {
     const std::string name = checkpoint_canonical_name(tensor.name, *config.family);
-    const bool fresh = source.tensors.emplace(name, [&tensor, file] { return as_tensor(tensor); }).second;
+    const bool fresh = source.tensors.emplace(name, [&tensor, file] {
+      TensorData borrowed = tensor;  // its pages leave the process with the tensor that was made of them
+      borrowed.owner = std::shared_ptr<const void>(tensor.bytes.data(), [file, size = tensor.bytes.size()](const void* data) { release_mapped_pages(data, size); });
+      return as_tensor(borrowed);
+    }).second;
     if (!fresh) throw Error("two tensors are both '" + name + "'").at(folder.string()).given(tensor.name);
   }
   return source;
+}
+
+void checkpoint_add(Sha256& hash, const std::string& name, const at::Tensor& weight) {
+  const TensorData data = as_data(name, weight.detach().to(at::kFloat));
+  hash.update(str(name, shape_text(data.shape), "\n")).update(data.bytes);
 }
 
 }  // namespace
@@ -59,7 +69,7 @@ bool checkpoint_ignored(const Family& family, const std::string& name) {
   return false;
 }
 
-std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device, const std::function<at::Tensor(const at::Tensor&)>& place) {
+std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device, const std::function<at::Tensor(const std::string&, const at::Tensor&)>& place) {
   const at::NoGradGuard no_grad;
   auto model = std::make_unique<Transformer>(std::move(config), 0, c10::Device(c10::kMeta));
   const Family& family = *model->config().family;
@@ -81,13 +91,14 @@ std::unique_ptr<Transformer> build_from_source(ModelConfig config, const Checkpo
     const at::Tensor value = stored.to(stored.options().dtype(at::kFloat), false, !place).contiguous();
     // The sum is infinite or NaN when an element is; only then are the elements themselves looked at.
     if (!std::isfinite(value.sum(at::kDouble).item<double>()) && !value.isfinite().all().item<bool>()) not_finite.push_back(parameter.name);
-    *parameter.value = place ? place(value) : value.to(device);
+    else *parameter.value = place ? place(parameter.name, value) : value.to(device);
   }
   const bool tied = model->config().tied;
   for (const auto& [name, read] : source.tensors) {
     if (known.count(name)) continue;
     if (tied && name == "lm_head.weight") {  // some writers store the shared matrix twice
-      if (model->tokens.weight.is_meta() || !read().to(at::kFloat).equal(model->tokens.weight.to(at::kCPU))) {
+      const auto table = source.tensors.find(model->tokens.name + ".weight");
+      if (table == source.tensors.end() || !read().to(at::kFloat).equal(table->second().to(at::kFloat))) {
         throw Error("lm_head.weight differs from the embedding although config.json says that they are tied")
             .at(source.place).hint("set tie_word_embeddings to false if the head is its own matrix");
       }
@@ -158,10 +169,21 @@ std::string fingerprint(const Transformer& model) {
   Sha256 hash;
   std::vector<std::pair<std::string, at::Tensor>> all = model.parameters();
   std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  for (const auto& [name, value] : all) {
-    const at::Tensor whole = name == model.tokens.name + ".weight" ? model.tokens.full_weight() : value;
-    const TensorData data = as_data(name, whole.detach().to(at::kFloat));
-    hash.update(str(name, shape_text(data.shape), "\n")).update(data.bytes);
+  for (const auto& [name, value] : all) checkpoint_add(hash, name, name == model.tokens.name + ".weight" ? model.tokens.full_weight() : value);
+  return hash.hex();
+}
+
+std::string fingerprint(const std::filesystem::path& path) {
+  const at::NoGradGuard no_grad;
+  const auto [config, source] = open_checkpoint(path);
+  std::vector<std::string> names;
+  for (const auto& [name, value] : Transformer(config, 0, c10::Device(c10::kMeta)).parameters()) names.push_back(name);
+  std::sort(names.begin(), names.end());
+  Sha256 hash;
+  for (const std::string& name : names) {
+    const auto found = source.tensors.find(name);
+    if (found == source.tensors.end()) throw Error("the checkpoint does not fit its config").at(source.place).given("missing: " + name);
+    checkpoint_add(hash, name, found->second());
   }
   return hash.hex();
 }

@@ -27,5 +27,7 @@ TensorData as_data(std::string name, const at::Tensor& tensor);  // contiguous C
 
 // SHA-256 over names, shapes and float32 bytes of all parameters: equal for equal weights, whatever file they came from.
 std::string fingerprint(const Transformer& model);
+// The same of load_model(path), with one tensor in memory at a time.
+std::string fingerprint(const std::filesystem::path& path);
 
 }  // namespace kompakt

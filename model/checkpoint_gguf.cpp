@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "core/error.h"
+#include "core/paging.h"
 #include "core/text.h"
 #include "formats/gguf.h"
 #include "model/checkpoint_source.h"
@@ -38,6 +39,7 @@ GgufNameMatch gguf_match(const Family& family, const std::string& name, std::int
 
 at::Tensor gguf_tensor(const GgufTensor& tensor) {
   const auto values = std::make_shared<std::vector<float>>(to_float32(tensor));
+  release_mapped_pages(tensor.bytes.data(), tensor.bytes.size());
   return at::from_blob(values->data(), tensor.shape, [values](void*) {}, at::TensorOptions().dtype(at::kFloat));
 }
 

@@ -21,8 +21,8 @@ struct CheckpointSource {
 };
 
 // Throws one Error that lists missing and unexpected names and wrong shapes; another that names weights with NaN or infinity.
-// `place` gives every float32 parameter, in the order of parameters(), the memory that it will live in; empty = private memory.
-std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device, const std::function<at::Tensor(const at::Tensor&)>& place = {});
+// `place` gives every float32 parameter, by name and in the order of parameters(), the tensor that stands in its slot; empty = private memory.
+std::unique_ptr<Transformer> build_from_source(ModelConfig config, const CheckpointSource& source, c10::Device device, const std::function<at::Tensor(const std::string& name, const at::Tensor& value)>& place = {});
 std::pair<ModelConfig, CheckpointSource> open_checkpoint(const std::filesystem::path& path);
 bool checkpoint_ignored(const Family& family, const std::string& name);
 ModelConfig load_config_gguf(const std::filesystem::path& path);

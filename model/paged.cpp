@@ -18,7 +18,7 @@ std::unique_ptr<Transformer> load_model_paged(const std::filesystem::path& path,
   for (const auto& [name, value] : shape.parameters()) total += room(value.numel());
   const auto memory = std::make_shared<PagedMemory>(folder, total);
   std::size_t used = 0;
-  return build_from_source(std::move(config), source, c10::Device(c10::kCPU), [&](const at::Tensor& value) {
+  return build_from_source(std::move(config), source, c10::Device(c10::kCPU), [&](const std::string&, const at::Tensor& value) {
     at::Tensor out = at::from_blob(memory->bytes().data() + used, value.sizes(), [memory](void*) {}, at::TensorOptions().dtype(at::kFloat));
     used += room(value.numel());
     out.copy_(value);

@@ -13,6 +13,7 @@
 #include "evaluate/latency.h"
 #include "evaluate/statistics.h"
 #include "model/parallel.h"
+#include "train/sparse_divergence.h"
 
 namespace kompakt {
 namespace {
@@ -117,6 +118,13 @@ Json measure_language(const LanguageScores& scores, bool has_teacher) {
   return out;
 }
 
+// What is known of the distance between a KL from the cache and the exact one, of the mean (train/sparse_divergence.h).
+void measure_cached(const SparseScores& sparse, Json& kl) {
+  kl["source"] = sparse.sampled ? "cache: likeliest tokens as they are stored, the rest by draws" : "cache: likeliest tokens as they are stored, the rest as one: a lower bound";
+  kl["standard_error"] = sparse.standard_error, kl["code_error"] = sparse.code_error;
+  kl["at_least"] = sparse.at_least, kl["at_most"] = sparse.at_most;
+}
+
 }  // namespace
 
 Json describe_size(const Transformer& model, const std::filesystem::path& files, const std::vector<std::pair<std::string, std::int64_t>>& embedding_bytes) {
@@ -161,7 +169,7 @@ TeacherScores scores_from_json(const Json& json) {
 }
 
 TeacherScores measure(const Transformer& model, const TokenizedData& data, const MeasureOptions& options, const Baselines& baselines, const std::string& title, Json& out) {
-  const auto& [teacher, teacher_model, start] = baselines;
+  const auto& [teacher, teacher_model, teacher_cache, start] = baselines;
   TeacherScores scores;
   scores.tokenizer = data.task.tokenizer->fingerprint();
   const bool same_tokens = start && start->tokenizer == scores.tokenizer;
@@ -176,11 +184,14 @@ TeacherScores measure(const Transformer& model, const TokenizedData& data, const
     if (!data.task.dev.ids.empty()) out["tasks"]["dev"] = measure_task(predict(model, data.task.dev, pad, options.batch_size), data.task.dev.labels, data.task.labels, nullptr, nullptr);
   } else if (data.task.kind == TaskData::Kind::text && !data.test_windows.empty()) {
     Progress progress(str(title, ": test"), static_cast<std::int64_t>(data.test_windows.size()), "window");
-    const LanguageScores language = score_language(model, teacher_model, data.test_windows, 128, [&](std::int64_t done) { progress.update(done); });
+    const auto advance = [&](std::int64_t done) { progress.update(done); };
+    const SparseScores sparse = teacher_cache ? score_language(model, *teacher_cache, data.test_windows, 128, advance) : SparseScores{score_language(model, teacher_model, data.test_windows, 128, advance)};
+    const LanguageScores& language = sparse.scores;
     progress.finish();
     scores.window_nll = language.window_nll;
     scores.window_tokens = language.scored_per_window;
-    out["language"]["test"] = measure_language(language, teacher_model != nullptr);
+    out["language"]["test"] = measure_language(language, teacher_model || teacher_cache);
+    if (teacher_cache) measure_cached(sparse, out["language"]["test"]["kl"]);
     if (same_tokens) out["language"]["test"]["versus_start"] = measure_ratio(scores.window_nll, start->window_nll, scores.window_tokens);
   } else {
     nulls["accuracy"] = model.config().is_classifier() ? "the recipe has no test data" : "the model has no classifier yet";

@@ -10,6 +10,7 @@
 #include "evaluate/language.h"
 #include "model/transformer.h"
 #include "pipeline/task_data.h"
+#include "train/objective.h"
 
 namespace kompakt {
 
@@ -33,7 +34,8 @@ TeacherScores scores_from_json(const Json& json);
 
 struct Baselines {
   const TeacherScores* teacher = nullptr;      // null: the teacher itself, or none
-  const Transformer* teacher_model = nullptr;  // of text: KL and same-top-1 need both models at once
+  const Transformer* teacher_model = nullptr;  // of text: KL and same-top-1 need both models at once,
+  TeacherSource* teacher_cache = nullptr;      // or what a cache knows of the teacher on the test windows
   const TeacherScores* start = nullptr;        // the model that the run begins with, where a task before is measured
 };
 

@@ -18,6 +18,7 @@
 #include "pipeline/stages.h"
 #include "prune/shape_planner.h"
 #include "prune/stage.h"
+#include "quantize/held_weights.h"
 
 namespace kompakt {
 namespace {
@@ -124,9 +125,10 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     input.pruned_tokenizer = pruned_tokenizer.get();
   }
 
-  // The teacher in float stays in memory beside the model of every stage after the one that made it; one that is no classifier
+  const HeldPrecision& held = find_held_precision(recipe.teacher.precision);
+  // The teacher stays in memory beside the model of every stage after the one that made it; one that is no classifier
   // yet is not loaded for classification.
-  std::int64_t teacher_bytes = recipe.has_labels() && !input.teacher.is_classifier() ? 0 : count_parameters(input.teacher).total * 4;
+  std::int64_t teacher_bytes = recipe.has_labels() && !input.teacher.is_classifier() ? 0 : held_bytes(input.teacher, held);
   if (recipe.is_classification() && !recipe.has_labels() && (input.teacher.is_classifier() || !input.teacher.family->encoder))
     throw Error("texts without labels train encoders that give a vector for each").at("data").given(input.teacher.is_classifier() ? "a classifier" : std::string(input.teacher.family->name)).hint("give the data labels (format: classification) or running text (format: text)");
   input.labels = &tokenized->task.labels;
@@ -148,7 +150,7 @@ std::vector<StagePrediction> predict_stages(const Recipe& recipe, const LoadedDa
     prediction.parameters = count_parameters(model.config).total;
     const std::int64_t weights = prediction.parameters * 4;
     prediction.memory_bytes = std::max(model.memory_bytes, base_memory_bytes + 2 * weights) + teacher_bytes + model.cache_bytes;
-    if (stage.row->name == "finetune") teacher_bytes = weights;
+    if (stage.row->name == "finetune") teacher_bytes = held_bytes(model.config, held);
     prediction.seconds = model.seconds;
     if (stage.row->name == "export") prediction.bytes = model.budget_bytes > 0 ? model.budget_bytes : plan_artifact_bytes(recipe, stage, model, *tokenizer, pruned_tokenizer.get());
     else prediction.bytes = stage.row->changes_weights ? model.bytes : 0;

@@ -8,6 +8,7 @@
 #include "core/text.h"
 #include "pipeline/earlier_task.h"
 #include "pipeline/stages.h"
+#include "quantize/held_weights.h"
 #include "report/gates.h"
 
 namespace kompakt {
@@ -37,6 +38,7 @@ void recipe_top(FieldVisitor& v, Recipe& recipe, Node& data, Node& stages) {
   v.section("teacher", has_teacher, "the big model", [&](FieldVisitor& t) {
     t.text("path", recipe.teacher.path, "Hugging Face folder (config.json + safetensors), .gguf file, artifact, or run folder (its artifact, else its last stage)");
     t.text("tokenizer", recipe.teacher.tokenizer, "folder or file of the tokenizer when it does not lie with the weights");
+    t.choice("precision", recipe.teacher.precision, "how its weights are held while it answers the stages that learn from it, decoded layer by layer: float32; bf16; int8 (a scale a row); int4 (groups of 64, embedding and head int8). Other outputs, so another cache; figures of the report always come from float32", held_precision_names());
   });
   v.subtree("data", data, "train, dev, test, calibration, heldout, previous, rehearsal: each a map of files, format, ...");
   v.subtree("stages", stages, "list of stages in the order in which they run");

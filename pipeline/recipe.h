@@ -17,6 +17,7 @@ struct StageRow;
 struct TeacherSettings {
   std::string path;       // HF folder or .gguf, relative to the recipe
   std::string tokenizer;  // where the tokenizer lies, when not in `path`
+  std::string precision = "float32";  // of the weights while stages ask the teacher for its outputs (quantize/held_weights.h)
 };
 
 struct RecipeStage {

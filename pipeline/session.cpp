@@ -19,6 +19,7 @@
 #include "pipeline/device.h"
 #include "pipeline/energy.h"
 #include "pipeline/version.h"
+#include "quantize/held_weights.h"
 #include "quantize/stage.h"
 #include "train/mask.h"
 #include "train/teacher.h"
@@ -50,6 +51,11 @@ std::string session_teacher_hash(const fs::path& path) {
 
 // Not a plain checkpoint: what an exporter has written, with codes in place of weights.
 bool is_artifact(const fs::path& path) { return is_packed(path) || (fs::is_directory(path) && is_compressed(path)); }
+
+// Of a folder that holds a GGUF file alone, that file.
+fs::path session_model_file(const fs::path& path) {
+  return fs::is_directory(path) && !fs::exists(path / "config.json") && fs::exists(path / "model.gguf") ? path / "model.gguf" : path;
+}
 
 // Bytes that the embedding tables take in the files of a model, by tensor name.
 std::vector<std::pair<std::string, std::int64_t>> session_embedding_bytes(const Transformer& model, const fs::path& folder) {
@@ -116,14 +122,16 @@ std::string RunSession::stage_key(const RecipeStage& stage, std::size_t index) c
       limits += str(name, " ", source->tokens, " ", source->max_length, "\n");
   return sha256(str(kompakt_version, "/", stage_revision, "\n", stage.row->name, "\n", dump_yaml(stage.options), position_.key, "\n", teacher_position_.key, "\n", data_hash_, "\n",
                     recipe_.find_data("train") ? recipe_.find_data("train")->max_length : 0, "\n", recipe_.seed, "\n", stage.row->needs_train ? index : 0, "\n",
-                    stage.row->name == "export" ? recipe_.name : artifact, limits.empty() ? "" : "\n", limits));
+                    stage.row->name == "export" ? recipe_.name : artifact, limits.empty() ? "" : "\n", limits, holds_teacher_apart() && learns_from_teacher(stage) ? "\nteacher as " + recipe_.teacher.precision : std::string()));
 }
 
-void RunSession::load_current(const fs::path& paging) {
+void RunSession::load_current(const fs::path& paging, bool shape_only) {
   if (current_.model) return;
   // An artifact that the run begins with is decoded into memory.
-  current_.model = paging.empty() || is_artifact(position_.folder) ? open_any_model(position_.folder) : load_model_paged(position_.folder, paging);
-  current_.model->to(device_);
+  const bool artifact = is_artifact(position_.folder);
+  if (shape_only && !artifact) current_.model = std::make_shared<Transformer>(load_config(session_model_file(position_.folder)), 0, c10::Device(c10::kMeta));
+  else current_.model = paging.empty() || artifact ? open_any_model(position_.folder) : load_model_paged(position_.folder, paging);
+  if (!current_.model->device().is_meta()) current_.model->to(device_);
   const bool is_start = position_.title == "teacher";
   current_.tokenizer = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : position_.folder);
   check_tokenizer_fits(*current_.tokenizer, current_.model->config(), position_.folder.string());
@@ -136,10 +144,29 @@ void RunSession::load_current(const fs::path& paging) {
   }
 }
 
-void RunSession::load_teacher() {
+FrozenTeacher RunSession::frozen_teacher(const std::string& precision) const {
+  const fs::path path = session_model_file(teacher_position_.folder);
+  const HeldPrecision& held = find_held_precision(precision);
+  const bool whole = &held == &held_precisions().front();
+  const auto on_device = [device = device_](std::shared_ptr<Transformer> model) {
+    model->to(device);
+    return model;
+  };
+  if (is_artifact(path)) {  // codes in place of weights: only its own reader knows what is in it
+    std::shared_ptr<Transformer> model = open_any_model(path);
+    const std::string floats = fingerprint(*model);
+    if (whole) return FrozenTeacher(on_device(std::move(model)));
+    hold_weights(*model, held);
+    return FrozenTeacher(model->config(), device_, [model = on_device(model)] { return model; }, [floats, precision] { return sha256(floats + precision); });
+  }
+  const auto load = [on_device, path, whole, &held]() -> std::shared_ptr<const Transformer> { return on_device(whole ? load_model(path) : load_held_model(path, held)); };
+  return FrozenTeacher(load_config(path), device_, load, [path, whole, precision] { return whole ? fingerprint(path) : sha256(fingerprint(path) + precision); });
+}
+
+void RunSession::name_teacher() {
   if (teacher_) return;
-  teacher_ = open_any_model(teacher_position_.folder);
-  teacher_->to(device_);
+  teacher_ = frozen_teacher("float32");
+  answering_ = recipe_.teacher.precision == "float32" ? teacher_ : frozen_teacher(recipe_.teacher.precision);
   const bool is_start = teacher_position_.title == "teacher";
   teacher_tokenizer_ = load_tokenizer(is_start && !recipe_.teacher.tokenizer.empty() ? recipe_.path_of(recipe_.teacher.tokenizer) : teacher_position_.folder);
 }
@@ -157,15 +184,15 @@ TokenizedData& RunSession::data_for(const std::shared_ptr<const Tokenizer>& toke
 }
 
 TeacherSource* RunSession::teacher_source() {
-  load_teacher();
+  name_teacher();
   const bool labels = recipe_.has_labels();
-  if (labels && !teacher_->config().is_classifier()) return nullptr;  // not yet fit for the task
+  if (labels && !teacher_.config().is_classifier()) return nullptr;  // not yet fit for the task
   if (!teacher_source_ || teacher_source_key_ != teacher_position_.key) {
     if (labels) {
-      const TokenizedData& tokenized = data_for(teacher_tokenizer_, teacher_->config());
-      teacher_source_ = cached_teacher(teacher_, tokenized.task.train, std::max<std::int64_t>(teacher_tokenizer_->special().pad, 0), store_.root() / "teacher-outputs");
+      const TokenizedData& tokenized = data_for(teacher_tokenizer_, teacher_.config());
+      teacher_source_ = cached_teacher(answering_, tokenized.task.train, std::max<std::int64_t>(teacher_tokenizer_->special().pad, 0), store_.root() / "teacher-outputs");
     } else {
-      teacher_source_ = live_teacher(teacher_);
+      teacher_source_ = live_teacher(answering_);
     }
     teacher_source_key_ = teacher_position_.key;
   }
@@ -183,7 +210,7 @@ StageContext RunSession::stage_context(const RecipeStage& stage, std::size_t ind
   // Block by block: the weights lie in a file, and nobody asks for the teacher's outputs.
   const bool paged = works_by_blocks(stage) && device_.is_cpu() && !is_artifact(position_.folder);
   if (current_.model && is_paged(current_.model->tokens.weight) != paged && stage.row->changes_weights) current_ = {};
-  load_current(paged ? context.work : fs::path());
+  load_current(paged ? context.work : fs::path(), starts_afresh(stage));
   context.seed = recipe_.seed * 1000003 + index;
   context.device = device_;
   context.details = &details;
@@ -195,11 +222,17 @@ StageContext RunSession::stage_context(const RecipeStage& stage, std::size_t ind
   return context;
 }
 
-void RunSession::add_teacher(const RecipeStage& stage, StageContext& context) {
+bool RunSession::learns_from_teacher(const RecipeStage& stage) const {
   const bool is_export = stage.row->name == "export", text = data_.kind == TaskData::Kind::text;
   const bool uses_teacher = text ? stage.row->needs_teacher || stage.row->name == "quantize" || stage.row->name == "prune" : stage.row->name != "finetune" && !is_export;
   const bool tunes_text = (stage.row->name == "quantize" || stage.row->name == "tune") && text;
-  if (uses_teacher && !works_by_blocks(stage) && (recipe_.find_data("train") || tunes_text)) context.teacher = teacher_source();
+  return uses_teacher && !works_by_blocks(stage) && (recipe_.find_data("train") || tunes_text);
+}
+
+void RunSession::add_teacher(const RecipeStage& stage, StageContext& context) {
+  if (!learns_from_teacher(stage)) return;
+  context.teacher = teacher_source();
+  if (holds_teacher_apart()) teacher_.release();  // one of the two at a time
 }
 
 void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const std::string& key) {
@@ -222,7 +255,7 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
     const double cpu_start = cpu_seconds();
     add_teacher(stage, context);
     entry = store_.add(key, [&](const fs::path& folder) {
-      StageRun run{recipe_, current_, teacher_, context, folder, teacher_tokenizer_};
+      StageRun run{recipe_, current_, answering_, context, folder, teacher_tokenizer_};
       stage.row->run(stage.options, run);
       if (!is_export) {
         save_model(*current_.model, folder);
@@ -282,8 +315,8 @@ void RunSession::move_on(const RecipeStage& stage, const std::string& key, const
   position_ = {key, entry, stage.title, record.at("layer_map").get<std::vector<std::int64_t>>()};
   if (stage.row->name != "finetune") return;
   teacher_position_ = position_;
-  teacher_.reset();
-  teacher_source_.reset();
+  teacher_ = answering_ = {};
+  teacher_source_.reset(), test_outputs_.reset();
 }
 
 void RunSession::follow_stage(const RecipeStage& stage, std::size_t index, const std::string& key, bool stored) {
@@ -291,7 +324,7 @@ void RunSession::follow_stage(const RecipeStage& stage, std::size_t index, const
     Json details = Json::object();
     StageContext context = stage_context(stage, index, key, details);
     add_teacher(stage, context);
-    StageRun run{recipe_, current_, teacher_, context, context.work / "output", teacher_tokenizer_};
+    StageRun run{recipe_, current_, answering_, context, context.work / "output", teacher_tokenizer_};
     stage.row->run(stage.options, run);
     fs::remove_all(context.work);
   }
@@ -323,12 +356,23 @@ void RunSession::publish_artifact(const fs::path& entry) {
   folder.commit();
 }
 
+TeacherSource* RunSession::test_outputs(const TokenizedData& tokenized) {
+  const auto length = static_cast<std::int64_t>(tokenized.test_windows.front().size());  // that of a student with a shorter context
+  if (!test_outputs_ || !test_outputs_->takes(length)) {
+    const DataSource& source = *recipe_.find_data("test");
+    test_text_ = {.kind = TaskData::Kind::text, .tokenizer = teacher_tokenizer_.get(), .hash = sha256(str("test windows\n", data_.test_text.hash, "\n", source.max_length, "/", source.tokens))};
+    test_outputs_ = sparse_teacher(teacher_, test_text_, length, evaluate_.cache, store_.root() / "teacher-outputs");
+    test_outputs_->prepare({});
+  }
+  return test_outputs_.get();
+}
+
 Json RunSession::measure_model(const std::string& label, const std::string& key, const fs::path& folder, bool artifact) {
   const bool is_teacher = key == teacher_position_.key;
   const bool versus_start = data_.has_previous() && !start_key_.empty() && key != start_key_;
   const std::string earlier = !data_.has_previous() ? std::string() : str("\n", data_.previous.hash, data_.previous_text.hash, "\n", recipe_.find_data("previous")->max_length, "/", recipe_.find_data("previous")->tokens, "\n", versus_start ? start_key_ : std::string());
   const std::string evaluation_key = sha256(str("evaluation/", stage_revision, "\n", key, "\n", data_.test.hash, data_.test_text.hash, data_.dev.hash, "\n", is_teacher ? std::string() : teacher_evaluation_key_, "\n",
-      evaluate_.measure.latency, evaluate_.measure.latency_tokens, "/", evaluate_.measure.latency_repeats, "/", evaluate_.cascade, "\n", recipe_.find_data("test") ? str(recipe_.find_data("test")->max_length, "/", recipe_.find_data("test")->tokens) : std::string(), earlier));
+      evaluate_.measure.latency, evaluate_.measure.latency_tokens, "/", evaluate_.measure.latency_repeats, "/", evaluate_.cascade, evaluate_.has_cache && !is_teacher ? str("/cache ", evaluate_.cache.top, " ", evaluate_.cache.tail) : std::string(), "\n", recipe_.find_data("test") ? str(recipe_.find_data("test")->max_length, "/", recipe_.find_data("test")->tokens) : std::string(), earlier));
   if (const auto entry = store_.find(evaluation_key)) {
     if (is_teacher) {
       teacher_evaluation_key_ = evaluation_key;
@@ -340,38 +384,43 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   }
   ++worked_;
   // The artifact is read back by the reader of its format and tokenized by its own tokenizer.
-  std::shared_ptr<Transformer> model;
+  std::shared_ptr<const Transformer> model;
   std::shared_ptr<const Tokenizer> tokenizer;
   if (artifact) {
-    model = open_any_model(folder);
+    std::shared_ptr<Transformer> reopened = open_any_model(folder);
+    reopened->to(device_);
+    model = reopened;
     tokenizer = load_tokenizer(fs::exists(folder / "model.gguf") ? folder / "model.gguf" : folder);
   } else if (!data_.has_test() && !data_.has_previous()) {  // nothing to run: its shape is enough
     model = std::make_shared<Transformer>(load_config(folder), 0, c10::Device(c10::kMeta));
   } else if (is_teacher) {
-    load_teacher();
-    model = teacher_, tokenizer = teacher_tokenizer_;
+    name_teacher();
+    model = teacher_.model(), tokenizer = teacher_tokenizer_;
   } else {
     load_current();
     model = current_.model, tokenizer = current_.tokenizer;
   }
-  if (!model->device().is_meta()) model->to(device_);
   Json out = describe_size(*model, folder, session_embedding_bytes(*model, folder));
   out["path"] = artifact ? "artifact" : label;
   const bool text = data_.kind == TaskData::Kind::text;
   const bool measurable = (data_.has_test() || data_.has_previous()) && (text || model->config().is_classifier());
   TeacherScores scores;
   if (measurable) {
-    if (text && !is_teacher) load_teacher();
+    if (text && !is_teacher) name_teacher();
     // Distributions over different tokens cannot be compared.
     const bool comparable = text && !is_teacher && tokenizer->fingerprint() == teacher_tokenizer_->fingerprint();
     TokenizedData& tokenized = data_for(tokenizer, model->config());
-    const Baselines baselines{is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, comparable ? teacher_.get() : nullptr, versus_start ? &*start_scores_ : nullptr};
+    if (comparable && holds_teacher_apart()) answering_.release();
+    const bool cached = comparable && evaluate_.has_cache && !tokenized.test_windows.empty();
+    const std::shared_ptr<const Transformer> other = comparable && !cached ? teacher_.model() : nullptr;
+    const Baselines baselines{is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, other.get(), cached ? test_outputs(tokenized) : nullptr, versus_start ? &*start_scores_ : nullptr};
     scores = measure(*model, tokenized, evaluate_.measure, baselines, label, out);
     if (text && !is_teacher && !comparable) out["nulls"]["kl"] = "the teacher has another tokenizer";
     if (evaluate_.cascade && artifact && teacher_scores_ && !text && !scores.test.labels.empty()) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
   } else {
     out["nulls"] = Json{{"accuracy", data_.has_test() ? recipe_.has_labels() ? "the model has no classifier" : "the texts have no labels" : "the recipe has no test data"}};
   }
+  if (evaluate_.has_cache) teacher_.release();  // what comes next finds its outputs on disk
   if (is_teacher) {
     teacher_scores_ = scores;
     teacher_evaluation_key_ = evaluation_key;
@@ -390,7 +439,7 @@ void RunSession::measure_start() {
   start_key_ = position_.key;
   start_scores_ = teacher_scores_;  // it is the teacher as well until a stage makes another one
   // The first stage may replace both: nothing is held in memory for it.
-  teacher_.reset(), teacher_source_.reset();
+  teacher_ = answering_ = {}, teacher_source_.reset(), test_outputs_.reset();
   current_ = {};
 }
 

@@ -43,11 +43,18 @@ class RunSession {
   StageContext stage_context(const RecipeStage& stage, std::size_t index, const std::string& key, Json& details);
   void add_teacher(const RecipeStage& stage, StageContext& context);
   void move_on(const RecipeStage& stage, const std::string& key, const std::filesystem::path& entry, const Json& record);
-  // current_ from position_.folder when it is not there; `paging`: folder for its weights, empty = in memory.
-  void load_current(const std::filesystem::path& paging = {});
-  void load_teacher();                      // teacher_ from teacher_position_.folder
+  // current_ from position_.folder when it is not there; `paging`: folder for its weights, empty = in memory; `shape_only`: without weights.
+  void load_current(const std::filesystem::path& paging = {}, bool shape_only = false);
+  // The model at teacher_position_, not loaded yet; `precision`: row of held_precisions().
+  FrozenTeacher frozen_teacher(const std::string& precision) const;
+  // teacher_, answering_ and the tokenizer, of teacher_position_.
+  void name_teacher();
+  bool learns_from_teacher(const RecipeStage& stage) const;
+  bool holds_teacher_apart() const { return recipe_.teacher.precision != "float32"; }
   TokenizedData& data_for(const std::shared_ptr<const Tokenizer>& tokenizer, const ModelConfig& config);
   TeacherSource* teacher_source();
+  // The teacher's outputs on the test windows, for evaluate: {cache: ...}; computed where they are missing.
+  TeacherSource* test_outputs(const TokenizedData& tokenized);
   // MODEL of the report for a model on disk; from the store when it was measured before.
   Json measure_model(const std::string& label, const std::string& key, const std::filesystem::path& folder, bool artifact);
   // With data.previous: the model that the run begins with, before any stage, on old and new data.
@@ -67,9 +74,11 @@ class RunSession {
   Position position_, teacher_position_;
   std::string data_hash_;
   WorkingModel current_;
-  std::shared_ptr<Transformer> teacher_;
+  FrozenTeacher teacher_;    // what models are compared with
+  FrozenTeacher answering_;  // what stages learn from: the same, or held in fewer bits
   std::shared_ptr<const Tokenizer> teacher_tokenizer_;
-  std::unique_ptr<TeacherSource> teacher_source_;
+  std::unique_ptr<TeacherSource> teacher_source_, test_outputs_;
+  TaskData test_text_;  // names the test windows in the cache's key
   std::string teacher_source_key_;
   std::map<std::string, std::unique_ptr<TokenizedData>> tokenized_;  // by tokenizer fingerprint and length limit
   std::optional<TeacherScores> teacher_scores_;

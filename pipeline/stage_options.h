@@ -8,6 +8,7 @@
 #include "core/fields.h"
 #include "pipeline/measure.h"
 #include "pipeline/recipe.h"
+#include "train/teacher.h"
 
 namespace kompakt {
 
@@ -24,6 +25,8 @@ struct EvaluateOptions {
   MeasureOptions measure;
   std::string against = "teacher";
   bool cascade = false;
+  bool has_cache = false;     // of text: KL and same top-1 from a cache of the teacher's outputs on the test set
+  SparseCacheOptions cache;
 };
 void fields(FieldVisitor& visitor, EvaluateOptions& options);
 

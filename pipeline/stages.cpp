@@ -10,9 +10,7 @@
 #include "core/error.h"
 #include "core/log.h"
 #include "core/text.h"
-#include "distill/cross_tokenizer.h"
 #include "distill/stage.h"
-#include "distill/vocabularies.h"
 #include "export/exporters.h"
 #include "model/checkpoint.h"
 #include "model/families.h"
@@ -21,8 +19,8 @@
 #include "pipeline/recipe.h"
 #include "pipeline/search.h"
 #include "pipeline/shape_target.h"
+#include "pipeline/stage_common.h"
 #include "pipeline/stage_options.h"
-#include "pipeline/store.h"
 #include "pipeline/student_width.h"
 #include "pipeline/task_data.h"
 #include "prune/shape_planner.h"
@@ -39,49 +37,6 @@
 #include "train/teacher.h"
 
 namespace kompakt {
-namespace {
-
-// The four adapters below are the same for every stage; what differs is the option struct and the function that runs it.
-template <class Options>
-void describe_stage(FieldVisitor& visitor) {
-  Options options;
-  fields(visitor, options);
-}
-
-template <class Options>
-Options read_stage(const Node& node) {
-  Options options;
-  Problems problems;
-  read_fields(node, "the stage", problems, [&](FieldVisitor& v) { fields(v, options); });
-  problems.throw_if_any("the stage's options are not valid");
-  return options;
-}
-
-template <class Options>
-Node check_stage(const Node& node, const std::string& context, Problems& problems) {
-  Options options;
-  read_fields(node, context, problems, [&](FieldVisitor& v) { fields(v, options); });
-  if constexpr (requires { options.objective; }) {
-    if constexpr (std::is_same_v<Options, DistillRecipe>) check_distill(options, false, node.place, problems), check_width(options, node.place, problems);
-    else if (!options.objective.is_null()) build_objectives(options.objective, {}, problems);
-  }
-  if constexpr (std::is_same_v<Options, QuantizeOptions>) {
-    check_budget(options, node.place.text(), problems);
-    check_grid_training(options, std::nullopt, node.place.text(), problems);
-  }
-  if constexpr (std::is_same_v<Options, SearchOptions>) check_search(options, node.place.text(), problems);
-  if constexpr (std::is_same_v<Options, ExportOptions>) {
-    for (const std::string& format : options.formats)
-      if (!find_exporter(format)) problems.add(Error(str("unknown format \"", format, "\" in ", context, did_you_mean(format, exporter_names()))).at(node.place.text()).allowed(join(exporter_names(), ", ")));
-    if (options.formats.empty()) problems.add(Error(str(context, " names no format")).at(node.place.text()).allowed(join(exporter_names(), ", ")));
-  }
-  return write_fields([&](FieldVisitor& v) { fields(v, options); });
-}
-
-std::int64_t float_bytes(const ModelConfig& config) { return count_parameters(config).total * 4; }
-
-// `objective`: null for a training without teacher. A classifier's outputs on the training set are cached: logits, and in
-// bfloat16 what the objectives ask for.
 void add_training(const PlanInput& input, const TrainOptions& train, const Node* objective, PlannedModel& model) {
   const TrainCost cost = predict_cost(model.config, train, input.train_examples, input.tokens_per_example, input.touched_vocabulary, objective ? &model.teacher : nullptr);
   model.seconds += input.gigaflops > 0 ? cost.flops / (input.gigaflops * 1e9) : 0;
@@ -98,19 +53,12 @@ void add_training(const PlanInput& input, const TrainOptions& train, const Node*
                       4 * input.train_examples * static_cast<std::int64_t>(model.teacher.labels.size());
 }
 
-// The passes over calibration data that the method itself makes.
-void add_calibration(const PlanInput& input, const QuantizeOptions& options, PlannedModel& model) {
-  const bool text = !input.recipe.is_classification();
-  const QuantizeCost cost = predict_quantize_cost(model.config, options, text ? input.calibration_windows : input.train_examples, text ? static_cast<double>(input.calibration_length) : input.tokens_per_example);
-  model.seconds += input.gigaflops > 0 ? cost.flops / (input.gigaflops * 1e9) : 0;
-  model.memory_bytes = std::max(model.memory_bytes, cost.memory_bytes);
-}
-
-// Losses against the teacher go token by token: an Error where a cut of the vocabulary, or another student, has given the model other ids.
 void refuse_other_tokens(const std::string& stage) {
   throw Error("the stage compares model and teacher token by token, and the ids of the model are not the teacher's any more").at(str("stage \"", stage, "\""))
       .hint("cut the vocabulary behind the last stage that learns from the teacher, or take its objective from the text alone: [{labels: cross_entropy}]");
 }
+
+namespace {
 
 bool asks_teacher(const Node& objective) {
   Problems problems;
@@ -118,8 +66,50 @@ bool asks_teacher(const Node& objective) {
   return std::any_of(rows.begin(), rows.end(), [](const auto& row) { return row->needs_teacher(); });
 }
 
+}  // namespace
+
 void plan_teacher_tokens(const PlanInput& input, const Node& objective, const PlannedModel& model, const std::string& stage) {
-  if (model.other_tokens && !input.recipe.has_labels() && asks_teacher(objective)) refuse_other_tokens(stage);
+  if (model.other_tokens && !input.recipe.is_classification() && asks_teacher(objective)) refuse_other_tokens(stage);
+}
+
+namespace {
+
+// The four adapters below are the same for every stage; what differs is the option struct and the function that runs it.
+template <class Options>
+void describe_stage(FieldVisitor& visitor) {
+  Options options;
+  fields(visitor, options);
+}
+
+template <class Options>
+Node check_stage(const Node& node, const std::string& context, Problems& problems) {
+  Options options;
+  read_fields(node, context, problems, [&](FieldVisitor& v) { fields(v, options); });
+  if constexpr (requires { options.objective; }) {
+    if constexpr (std::is_same_v<Options, DistillRecipe>) check_distill(options, false, node.place, problems), check_width(options, node.place, problems);
+    else if (!options.objective.is_null()) build_objectives(options.objective, {}, problems);
+  }
+  if constexpr (std::is_same_v<Options, QuantizeOptions>) {
+    check_budget(options, node.place.text(), problems);
+    check_grid_training(options, std::nullopt, node.place.text(), problems);
+  }
+  if constexpr (std::is_same_v<Options, EvaluateOptions>)
+    if (options.has_cache && options.cache.tail % 2 != 0) problems.add(Error("cache.tail must be even: each half of the draws is independent of the other").at(node.place.text()).given(str(options.cache.tail)).allowed(str(options.cache.tail + 1)));
+  if constexpr (std::is_same_v<Options, SearchOptions>) check_search(options, node.place.text(), problems);
+  if constexpr (std::is_same_v<Options, ExportOptions>) {
+    for (const std::string& format : options.formats)
+      if (!find_exporter(format)) problems.add(Error(str("unknown format \"", format, "\" in ", context, did_you_mean(format, exporter_names()))).at(node.place.text()).allowed(join(exporter_names(), ", ")));
+    if (options.formats.empty()) problems.add(Error(str(context, " names no format")).at(node.place.text()).allowed(join(exporter_names(), ", ")));
+  }
+  return write_fields([&](FieldVisitor& v) { fields(v, options); });
+}
+
+// The passes over calibration data that the method itself makes.
+void add_calibration(const PlanInput& input, const QuantizeOptions& options, PlannedModel& model) {
+  const bool text = !input.recipe.is_classification();
+  const QuantizeCost cost = predict_quantize_cost(model.config, options, text ? input.calibration_windows : input.train_examples, text ? static_cast<double>(input.calibration_length) : input.tokens_per_example);
+  model.seconds += input.gigaflops > 0 ? cost.flops / (input.gigaflops * 1e9) : 0;
+  model.memory_bytes = std::max(model.memory_bytes, cost.memory_bytes);
 }
 
 // Objectives of a stage that trains; the teacher layer that each student layer follows comes from the distillation before.
@@ -158,130 +148,6 @@ void run_finetune(const Node& node, StageRun& run) {
   set_rounding(*run.current.model, RuntimeRounding());
   finetune(*run.current.model, read_stage<FinetuneOptions>(node), run.context);
   run.context.layer_map.clear();  // the result is the teacher from here on: every layer follows itself
-  run.current.quantized.clear();
-}
-
-// What both tokenizers have in common; an Error where the objectives, or the teacher's texts, need more.
-VocabularyComparison compare_students(const DistillOptions& options, const Tokenizer& student, const ModelConfig& config, const Tokenizer& teacher, const ModelConfig& teacher_config) {
-  const VocabularyComparison out = compare_vocabularies(student, config.vocab, teacher, teacher_config.vocab);
-  if (!crosses_tokenizers(options.objective)) check_comparable(out, "stage \"distill\"");
-  if (options.has_teacher_text && !out.comparable()) throw Error("the teacher's texts are in its own tokens, which are not the student's").at("stage \"distill\"").given(out.text()).hint("remove teacher_text, or use a student with the teacher's tokenizer");
-  return out;
-}
-
-// Of a student that is another model.
-std::vector<std::int64_t> other_layer_map(const StudentOptions& options, const ModelConfig& student, const ModelConfig& teacher) {
-  if (options.layer_map.empty()) return even_layer_map(student.layers, teacher.layers);
-  check_layer_map(options.layer_map, student.layers, teacher.layers);
-  return options.layer_map;
-}
-
-// The shape of a student that starts from random weights.
-ModelConfig random_student(const StudentOptions& options, const Recipe& recipe) {
-  const std::filesystem::path path = recipe.path_of(options.config);
-  if (!std::filesystem::is_regular_file(path)) throw Error("there is no such shape").at("distill.student.config").given(path.string()).allowed("a file config.json of a decoder, as transformers writes it").hint("check the path; relative paths start at the recipe's folder");
-  ModelConfig config = config_from_json(read_json(path), path.string());
-  if (config.family->encoder || config.is_classifier()) throw Error("the shape is not that of a decoder").at(path.string()).given(std::string(config.family->name)).hint("student.config is for text");
-  return config;
-}
-
-// With what only the task decides, which the check of the recipe does not know.
-DistillRecipe read_distill(const Node& node, bool classification) {
-  const auto options = read_stage<DistillRecipe>(node);
-  Problems problems;
-  check_distill(options, classification, node.place, problems);
-  problems.throw_if_any("the stage's options are not valid");
-  return options;
-}
-
-void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model) {
-  set_rounding(model.config, RuntimeRounding());
-  const DistillRecipe options = read_distill(node, input.recipe.is_classification());
-  if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
-  if (options.has_width) plan_width_cut(options.width, input, model);
-  if (!options.student.config.empty()) {
-    model.config = random_student(options.student, input.recipe);
-    if (input.tokenizer && !model.other_tokens) check_tokenizer_fits(*input.tokenizer, model.config, input.recipe.path_of(options.student.config).string());
-    model.layer_map = other_layer_map(options.student, model.config, model.teacher);
-  } else if (options.student.model.empty()) {
-    model.layer_map = student_layer_map(options.student, model.teacher.layers);
-  } else {
-    const std::filesystem::path path = input.recipe.path_of(options.student.model);
-    model.config = load_config(path);
-    model.layer_map = other_layer_map(options.student, model.config, model.teacher);
-    if (input.tokenizer) {
-      const std::unique_ptr<Tokenizer> own = load_tokenizer(path);
-      model.notes.push_back(compare_students(options, *own, model.config, *input.tokenizer, model.teacher).text());
-      model.other_tokens = own->fingerprint() != input.tokenizer->fingerprint();
-    }
-  }
-  if (options.student.model.empty() && !crosses_tokenizers(options.objective)) plan_teacher_tokens(input, options.objective, model, "distill");
-  if (options.has_on_policy) check_completion_length(options.on_policy, options.on_policy.prompt_tokens, options.train.sequence_length, model.config.max_positions, "stage \"distill\"");
-  if (options.has_teacher_text) check_completion_length(options.teacher_text, options.teacher_text.prompt_tokens, options.train.sequence_length, model.teacher.max_positions, "stage \"distill\"");
-  if (options.has_on_policy || options.has_teacher_text) model.notes.push_back("the time to write texts is not in the prediction");
-  if (options.has_cache) {
-    const SparseLayout row{1, std::min(options.cache.top, input.teacher.vocab), options.cache.tail, input.teacher.vocab};
-    model.notes.push_back(str("the teacher's cache takes at most ", row.packed_bytes(), " bytes a token"));
-  }
-  Problems problems;
-  check_distill_models(options, model.config, model.teacher, model.layer_map, input.recipe.is_classification(), problems);
-  problems.throw_if_any("the objectives of the stage distill have mistakes");
-  add_training(input, options.train, &options.objective, model);
-  model.bytes = float_bytes(model.config);
-}
-
-void run_distill(const Node& node, StageRun& run) {
-  set_rounding(*run.current.model, RuntimeRounding());
-  const DistillRecipe options = read_distill(node, run.context.data->kind == TaskData::Kind::classification);
-  const std::int64_t before = run.current.model->config().layers;
-  std::unique_ptr<TokenizedData> own;  // the data in the tokens of a student that is another model
-  if (!options.student.model.empty()) {
-    const std::filesystem::path path = run.recipe.path_of(options.student.model);
-    run.current = {open_any_model(path), load_tokenizer(path), {}, {}};
-    check_tokenizer_fits(*run.current.tokenizer, run.current.model->config(), path.string());
-    run.current.model->to(run.context.device);
-    own = tokenize_data(run.recipe, load_data(run.recipe), *run.current.tokenizer, run.current.model->config());
-    run.context.data = &own->task;
-    run.context.masks.clear();
-    run.context.layer_map = other_layer_map(options.student, run.current.model->config(), run.teacher->config());
-  }
-  if (!options.student.config.empty()) {
-    const ModelConfig config = random_student(options.student, run.recipe);
-    check_tokenizer_fits(*run.current.tokenizer, config, run.recipe.path_of(options.student.config).string());
-    run.current.model = std::make_unique<Transformer>(config, run.context.seed, run.context.device);
-    run.current.quantized.clear();
-    run.context.masks.clear();
-    run.context.layer_map = other_layer_map(options.student, config, run.teacher->config());
-  }
-  if (options.has_width) prune(*run.current.model, width_cut(options.width, run.current.model->config()), {}, run.context);
-  if (!options.student.keep_layers.empty()) {
-    refuse_masks(run.context, "keep_layers makes a model of other layers");
-    // Layers are counted in the teacher; the teacher's weights are where the student starts.
-    run.current.model = make_student(*run.current.model, options.student);
-    run.context.layer_map = student_layer_map(options.student, before);
-  }
-  std::unique_ptr<TeacherSource> source;
-  const std::filesystem::path outputs = store_folder(run.recipe.store, run.recipe.base) / "teacher-outputs";
-  if (run.context.data->kind == TaskData::Kind::text && run.teacher && run.teacher_tokenizer) {
-    const VocabularyComparison common = compare_students(options, *run.current.tokenizer, run.current.model->config(), *run.teacher_tokenizer, run.teacher->config());
-    if (run.context.details) (*run.context.details)["vocabularies"] = common.json();
-    if (crosses_tokenizers(options.objective)) {
-      log_info(str(run.context.title, ": ", common.text()));
-      source = cross_tokenizer_teacher(run.teacher, *run.current.tokenizer, *run.teacher_tokenizer);
-    }
-  }
-  if (options.has_cache) {
-    SparseCacheOptions cache = options.cache;
-    cache.columns = shared_logits(run.current.model->config().vocab, run.teacher->config().vocab, run.current.tokenizer->vocab_size());
-    source = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, cache, outputs);
-  }
-  if (source) run.context.teacher = source.get();
-  std::unique_ptr<BatchSampler> writer;
-  if (options.has_teacher_text) {
-    writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title, run.context.ranks});
-    run.context.sampler = writer.get();
-  }
-  distill(*run.current.model, options, run.context);
   run.current.quantized.clear();
 }
 
@@ -435,7 +301,13 @@ void plan_export(const Node& node, const PlanInput&, PlannedModel& model) {
   if (!all.empty()) throw Error(join(all, "; ")).at("stage \"export\"").hint("choose another format, or a grid that this format can hold");
 }
 
-void plan_evaluate(const Node&, const PlanInput&, PlannedModel&) {}
+void plan_evaluate(const Node& node, const PlanInput& input, PlannedModel& model) {
+  const auto options = read_stage<EvaluateOptions>(node);
+  if (!options.has_cache) return;
+  if (input.recipe.is_classification()) throw Error("\"cache\" of the stage evaluate is for text").at(node.place.text()).hint("remove the key: of classes the teacher's predictions are kept anyway");
+  const SparseLayout row{1, std::min(options.cache.top, input.teacher.vocab), options.cache.tail, input.teacher.vocab};
+  model.notes.push_back(str("the teacher's outputs on the test set take at most ", row.packed_bytes(), " bytes a token"));
+}
 void run_evaluate(const Node&, StageRun&) {}  // measuring happens after every stage; this one carries its options
 
 }  // namespace
@@ -452,6 +324,10 @@ void fields(FieldVisitor& v, EvaluateOptions& o) {
   v.integer("latency_tokens", o.measure.latency_tokens, "tokens of that request", {.min = 1});
   v.integer("latency_repeats", o.measure.latency_repeats, "timed requests", {.min = 1});
   v.integer("batch_size", o.measure.batch_size, "texts per forward pass", {.min = 1});
+  v.section("cache", o.has_cache, "text: KL and same top-1 from the teacher's likeliest tokens and draws from the rest, kept on disk: a teacher whose outputs are there is not loaded", [&](FieldVisitor& inner) {
+    inner.integer("top", o.cache.top, "likeliest tokens kept of every position", {.min = 1.0, .max = 4096.0});
+    inner.integer("tail", o.cache.tail, "draws from all other tokens, an even number; 0 = none: KL is then a lower bound", {.min = 0.0, .max = 4096.0});
+  });
   v.flag("cascade", o.cascade, "curve of the share kept by the small model against the accuracy of small model and teacher together");
 }
 
@@ -486,6 +362,12 @@ bool works_by_blocks(const RecipeStage& stage) {
   if (stage.row->name != "quantize") return false;
   const auto options = read_stage<QuantizeOptions>(stage.options);
   return !find_quantization_method(options.method)->needs_train && !options.tunes_model();
+}
+
+bool starts_afresh(const RecipeStage& stage) {
+  if (stage.row->name != "distill") return false;
+  const StudentOptions student = read_stage<DistillOptions>(stage.options).student;
+  return !student.config.empty() || !student.model.empty();
 }
 
 std::vector<TrainOptions> shared_trainings(const RecipeStage& stage) {

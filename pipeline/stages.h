@@ -13,6 +13,7 @@
 #include "model/transformer.h"
 #include "quantize/grids.h"
 #include "train/context.h"
+#include "train/frozen_teacher.h"
 #include "train/loop.h"
 
 namespace kompakt {
@@ -32,10 +33,10 @@ struct WorkingModel {
 struct StageRun {
   const Recipe& recipe;
   WorkingModel& current;                     // in and out
-  std::shared_ptr<const Transformer> teacher;  // null before there is one
+  FrozenTeacher teacher;                     // none before there is one
   StageContext& context;
   std::filesystem::path output;              // folder for files of its own (export); the pipeline saves the model
-  std::shared_ptr<const Tokenizer> teacher_tokenizer;  // null where teacher is
+  std::shared_ptr<const Tokenizer> teacher_tokenizer;  // null where there is no teacher
 };
 
 // What `plan` knows after a stage without running it.
@@ -91,6 +92,8 @@ std::vector<std::string> stage_names();
 // A stage prune or quantize that works on one block after the other and neither trains nor tunes the whole model: it needs one block of
 // float weights at a time and no outputs of the teacher.
 bool works_by_blocks(const RecipeStage& stage);
+// A stage distill whose student is another model, or starts from random weights: of the model before it the shape is enough.
+bool starts_afresh(const RecipeStage& stage);
 // The trainings of a stage that several processes share; none for stages that rank 0 works on alone. (Tuning towards the teacher
 // in the stage quantize watches one model and stays there.)
 std::vector<TrainOptions> shared_trainings(const RecipeStage& stage);

@@ -14,6 +14,7 @@
 #include "core/node.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "model/families.h"
 #include "model/paged.h"
 #include "quantize/activation_rounding.h"
 #include "quantize/basis.h"

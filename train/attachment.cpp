@@ -1,9 +1,24 @@
 #include "train/attachment.h"
 
+#include <ATen/ATen.h>
+
+#include <set>
+
 #include "core/log.h"
 #include "core/text.h"
+#include "train/step_batches.h"
 
 namespace kompakt {
+
+at::Tensor used_ids(const TaskData& data) {
+  if (data.kind != TaskData::Kind::classification) return {};
+  std::set<std::int64_t> ids = {padding_id(data)};
+  for (const auto* set : {&data.train, &data.dev}) {
+    for (const auto& text : set->ids) ids.insert(text.begin(), text.end());
+  }
+  const std::vector<std::int64_t> sorted(ids.begin(), ids.end());
+  return at::tensor(at::ArrayRef<std::int64_t>(sorted), at::kLong);
+}
 
 Attachment::Attachment(Transformer& model, const std::vector<std::shared_ptr<Constraint>>& constraints, const at::Tensor& used_ids, double dropout, bool recompute)
     : model_(model), constraints_(constraints), dropout_(model.dropout) {

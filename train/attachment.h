@@ -5,8 +5,12 @@
 #include <vector>
 
 #include "train/constraint.h"
+#include "train/context.h"
 
 namespace kompakt {
+
+// Sorted unique ids that training and scoring can meet, padding included; undefined for text, which may meet all.
+at::Tensor used_ids(const TaskData& data);
 
 // Installed by the constructor, undone in reverse order on every way out.
 class Attachment {

@@ -59,15 +59,22 @@ double dev_score(const Transformer& model, const TaskData& data) {
   return data.dev.ids.empty() ? std::numeric_limits<double>::quiet_NaN() : accuracy(model, data.dev, padding_id(data));
 }
 
-std::vector<std::vector<std::int64_t>> held_out_pieces(const std::vector<std::vector<std::int64_t>>& windows, const TeacherSource& teacher, std::int64_t length) {
-  std::vector<std::vector<std::int64_t>> out;
+std::vector<TokenBatch> held_out_batches(const std::vector<std::vector<std::int64_t>>& windows, const TeacherSource& teacher, std::int64_t length) {
+  std::vector<TokenBatch> out;
+  std::int64_t number = 0;
+  const auto add = [&](std::vector<std::int64_t> ids, std::int64_t columns) {
+    const auto size = static_cast<std::int64_t>(ids.size());
+    --number;
+    if (size < 2) return;
+    ids.resize(static_cast<std::size_t>(columns), ids.back());
+    out.push_back({.ids = std::move(ids), .lengths = {size}, .examples = {number}, .rows = 1, .columns = columns});
+  };
   for (const std::vector<std::int64_t>& window : windows) {
     const auto size = static_cast<std::int64_t>(window.size());
-    if (teacher.takes(size) || !teacher.takes(length) || size < length) {
-      out.push_back(window);
-      continue;
-    }
-    for (std::int64_t at = 0; at + length <= size; at += length) out.emplace_back(window.begin() + at, window.begin() + at + length);
+    if (teacher.takes(size)) add(window, size);
+    else if (size < length) add(window, length);
+    else
+      for (std::int64_t at = 0; at + length <= size; at += length) add({window.begin() + at, window.begin() + at + length}, length);
   }
   return out;
 }

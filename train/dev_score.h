@@ -19,8 +19,9 @@ double accuracy(const Transformer& model, const TokenizedExamples& examples, std
 // Mean negative log likelihood in nats per predicted token. Windows may differ in length.
 double mean_loss(const Transformer& model, const std::vector<std::vector<std::int64_t>>& windows, std::int64_t batch_size = 4);
 
-// Windows that `teacher` can be asked for: those that are too long for a cache of rows of `length` tokens are cut into such rows, and what
-// is left of a window goes.
-std::vector<std::vector<std::int64_t>> held_out_pieces(const std::vector<std::vector<std::int64_t>>& windows, const TeacherSource& teacher, std::int64_t length);
+// Held-out windows as rows that `teacher` can be asked for, one a batch, numbered from -1 downwards: no rows of the training text. Those
+// that are too long for a cache of rows of `length` tokens are cut into such rows, and what is left of a window goes; shorter ones are
+// filled up behind their end, where nothing is scored and a decoder's tokens do not look. Windows of one token are left out.
+std::vector<TokenBatch> held_out_batches(const std::vector<std::vector<std::int64_t>>& windows, const TeacherSource& teacher, std::int64_t length);
 
 }  // namespace kompakt

@@ -55,17 +55,6 @@ void loop_keep_memory() {
   });
 }
 
-// Sorted unique ids that training and scoring can meet, padding included.
-at::Tensor loop_used_ids(const TaskData& data) {
-  if (data.kind != TaskData::Kind::classification) return {};
-  std::set<std::int64_t> ids = {padding_id(data)};
-  for (const auto* set : {&data.train, &data.dev}) {
-    for (const auto& text : set->ids) ids.insert(text.begin(), text.end());
-  }
-  const std::vector<std::int64_t> sorted(ids.begin(), ids.end());
-  return at::tensor(at::ArrayRef<std::int64_t>(sorted), at::kLong);
-}
-
 class TrainingRun {
  public:
   TrainingRun(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context,
@@ -100,7 +89,7 @@ class TrainingRun {
     identity_ = identity();
     if (context_.ranks) context_.ranks->check_equal(identity_.dump(), "model, teacher, data or options", "all ranks need the same recipe, data and version of kompakt");
 
-    Attachment attachment(model_, constraints_, loop_used_ids(data_), options_.dropout, options_.recompute);
+    Attachment attachment(model_, constraints_, used_ids(data_), options_.dropout, options_.recompute);
     const std::vector<TrainableParameter> trainable = all_parameters();
     DataParallel parallel(context_.ranks, trainable);
     parallel_ = &parallel;
@@ -141,7 +130,9 @@ class TrainingRun {
       ema.swap();
     }
     telemetry.finish();
+    if (telemetry.empty_steps() > 0) report_empty(telemetry.empty_steps());
     if (context_.details) {
+      if (telemetry.empty_micro_batches() > 0) (*context_.details)["empty"] = {{"steps", telemetry.empty_steps()}, {"micro_batches", telemetry.empty_micro_batches()}};
       (*context_.details)["loss_curve"] = telemetry.loss_curve();
       (*context_.details)["dev_curve"] = telemetry.dev_curve();
       if (context_.watched) (*context_.details)["watched_curve"] = telemetry.watched_curve();
@@ -270,6 +261,12 @@ class TrainingRun {
     return saved;
   }
 
+  // Data without any target is refused before; texts that a model writes may still be empty.
+  void report_empty(std::int64_t empty) const {
+    if (empty == step_) throw Error(str("none of ", step_, " steps had anything to predict")).at(context_.title).hint("check the data: documents of one token, or completions without a token, teach nothing");
+    log_warning(str(context_.title, ": ", empty, " of ", step_, " steps had nothing to predict and left the weights as they were"));
+  }
+
   void score_epoch(const StepBatches& batches) {
     ema_->swap();
     last_score_ = parallel_->from_leader(parallel_->leader() ? held_out_score() : 0.0);  // the others wait
@@ -314,18 +311,7 @@ class TrainingRun {
     if (unlabelled()) return objective_score();
     if (classification_ || !needs_teacher_) return plain_score();
     double total = 0, count = 0;
-    std::int64_t number = 0;
-    for (const std::vector<std::int64_t>& piece : held_out_pieces(data_.heldout, *context_.teacher, options_.sequence_length)) {
-      TokenBatch batch;
-      batch.ids = piece;
-      batch.rows = 1, batch.columns = static_cast<std::int64_t>(piece.size());
-      batch.lengths = {batch.columns};
-      batch.examples = {-1 - number++};  // no row of the training text
-      if (batch.columns < 2) continue;
-      if (!context_.teacher->takes(batch.columns)) {
-        if (!std::exchange(warned_, true)) log_warning(str(context_.title, ": held-out windows of ", batch.columns, " tokens are shorter than the cache's rows of ", options_.sequence_length, "; the score is the loss on next tokens instead of the divergence"));
-        return plain_score();
-      }
+    for (const TokenBatch& batch : held_out_batches(data_.heldout, *context_.teacher, options_.sequence_length)) {
       std::vector<LossPart> parts;
       micro_loss(batch, parts);
       const auto part = std::find_if(parts.begin(), parts.end(), [](const LossPart& p) { return p.score; });
@@ -415,7 +401,10 @@ class TrainingRun {
       record.tokens += batch.tokens();
       if (counts.back() > 0 && parallel_->takes(filled++)) ours.push_back(counts.size() - 1);
     }
-    if (all_targets == 0) throw Error(str("step ", step + 1, " has nothing to predict")).at(context_.title).hint("documents of one token cannot be trained on: check the data");
+    record.step = step + 1;
+    record.micro_batches = static_cast<std::int64_t>(counts.size());
+    record.empty_micro_batches = static_cast<std::int64_t>(counts.size() - filled);
+    if (filled == 0) return record;  // every rank sees it alike
 
     // Means over the whole step: a micro batch counts by its targets, or by what an objective compares instead, not as one of so many.
     for (double& count : counts) count /= all_targets;
@@ -440,7 +429,6 @@ class TrainingRun {
         else found->second = found->second + part_share;
       }
     }
-    record.step = step + 1;
     // One transfer from the device for all numbers of the step.
     const auto to_host = [](const std::vector<at::Tensor>& numbers) { return at::stack(numbers).to(at::kCPU, at::kDouble); };
     if (parallel_->several()) {
@@ -479,6 +467,7 @@ class TrainingRun {
     watch_ = context_.watched && telemetry_->watches(step_ + 1);
     StepRecord record = compute(batches, "train-step", step_);
     watch_ = false;  // a rank without a micro batch has measured nothing
+    if (record.empty()) return telemetry_->step(record);  // the weights stay
     if (!std::isfinite(record.loss) || !std::isfinite(record.gradient_norm)) stop_for_bad_batch(context_.work, context_.title, batches, record, parallel_->leader());
     const double factor = rate_scale_ * schedule_factor(schedule_, step_, steps_, options_.warmup, options_.final_ratio);
     update(record, factor);
@@ -503,6 +492,7 @@ class TrainingRun {
     for (std::int64_t i = 0; i < RateFinder::steps && !over; ++i) {
       std::vector<TokenBatch> micro_batches = batches.micro_batches(i % steps_);
       const StepRecord record = compute(micro_batches, "rate-finder", i);
+      if (record.empty()) continue;
       over = finder.add(RateFinder::rate(i), std::isfinite(record.gradient_norm) ? record.loss : record.gradient_norm);
       if (!over) update(record, RateFinder::rate(i) / options_.learning_rate);
       if (stopping()) leave_interrupted();  // nothing is lost: a resumed run sweeps again
@@ -545,7 +535,6 @@ class TrainingRun {
   double last_loss_ = 0, last_score_ = std::numeric_limits<double>::quiet_NaN(), best_score_ = std::numeric_limits<double>::quiet_NaN();
   std::int64_t best_step_ = 0;  // 0 = none yet
   std::int64_t stale_ = 0;      // scores since the best
-  bool warned_ = false;         // that held-out windows do not fit the cache
 };
 
 }  // namespace

@@ -21,7 +21,6 @@
 #include "core/random.h"
 #include "core/text.h"
 #include "formats/hdf5_file.h"
-#include "model/checkpoint.h"
 #include "train/chunked_loss.h"
 #include "train/dev_score.h"
 #include "train/precision.h"
@@ -77,12 +76,12 @@ std::vector<T> sparse_values(const Hdf5File& file, const char* name, DType dtype
 
 class SparseTeacher final : public TeacherSource {
  public:
-  SparseTeacher(std::shared_ptr<const Transformer> teacher, const TaskData& data, std::int64_t sequence_length, const SparseCacheOptions& options, fs::path folder)
-      : teacher_(std::move(teacher)), config_(teacher_->config()) {
-    const std::int64_t rows = head_weights(*teacher_).weight.size(0), vocabulary = options.columns > 0 ? std::min(rows, options.columns) : rows, top = std::min(options.top, vocabulary);
+  SparseTeacher(FrozenTeacher teacher, const TaskData& data, std::int64_t sequence_length, const SparseCacheOptions& options, fs::path folder)
+      : teacher_(std::move(teacher)), config_(teacher_.config()) {
+    const std::int64_t rows = config_.vocab, vocabulary = options.columns > 0 ? std::min(rows, options.columns) : rows, top = std::min(options.top, vocabulary);
     if (options.top < 1 || options.tail < 0 || options.tail % 2 != 0) throw std::logic_error("sparse_teacher: top must be positive, tail even");
     layout_ = {sequence_length, top, top == vocabulary ? 0 : options.tail, vocabulary};
-    identity_ = {{"format", "kompakt teacher cache 1"}, {"teacher", kompakt::fingerprint(*teacher_)}, {"data", data.hash}, {"tokenizer", data.tokenizer ? data.tokenizer->fingerprint() : std::string()},
+    identity_ = {{"format", "kompakt teacher cache 1"}, {"teacher", teacher_.fingerprint()}, {"data", data.hash}, {"tokenizer", data.tokenizer ? data.tokenizer->fingerprint() : std::string()},
                  {"sequence_length", sequence_length}, {"top", layout_.top}, {"tail", layout_.draws}, {"vocabulary", vocabulary}};
     fingerprint_ = sha256(identity_.dump());
     folder_ = folder / ("teacher-" + fingerprint_.substr(0, 16));
@@ -200,11 +199,7 @@ class SparseTeacher final : public TeacherSource {
     const StepBatches batches(*data_, single, 0);
     for (std::int64_t step = 0; step < batches.steps_per_epoch(); ++step)
       for (const TokenBatch& batch : batches.micro_batches(step)) want(batch);
-    std::int64_t number = 0;
-    for (const auto& piece : held_out_pieces(data_->heldout, *this, layout_.tokens)) {
-      const std::int64_t example = -1 - number++;
-      if (takes(static_cast<std::int64_t>(piece.size()))) want({.ids = piece, .lengths = {layout_.tokens}, .examples = {example}, .rows = 1, .columns = layout_.tokens});
-    }
+    for (const TokenBatch& batch : held_out_batches(data_->heldout, *this, layout_.tokens)) want(batch);
     if (rows.empty()) return;
     const fs::path path = folder_ / "wanted.h5";
     Hdf5File file(path, Hdf5File::Mode::create);
@@ -224,9 +219,10 @@ class SparseTeacher final : public TeacherSource {
     const at::NoGradGuard no_grad;
     const NoAutocast float32;
     const std::int64_t number = batch.examples[static_cast<std::size_t>(r)];
-    at::Tensor hidden = teacher_->hidden(to_input(sparse_single_row(batch, r), teacher_->device()));
-    if (teacher_->lm_head.input_transform) hidden = teacher_->lm_head.input_transform(hidden);
-    const HeadWeights head = head_weights(*teacher_);
+    const std::shared_ptr<const Transformer> model = teacher_.model();
+    at::Tensor hidden = model->hidden(to_input(sparse_single_row(batch, r), teacher_.device()));
+    if (model->lm_head.input_transform) hidden = model->lm_head.input_transform(hidden);
+    const HeadWeights head = head_weights(*model);
     const at::Tensor weight = head.weight.narrow(0, 0, layout_.vocabulary), bias = head.bias.defined() ? head.bias.narrow(0, 0, layout_.vocabulary) : at::Tensor();
     const CounterRandom random(0, "teacher-cache");
     SparseRow row;
@@ -284,7 +280,7 @@ class SparseTeacher final : public TeacherSource {
         std::memcpy(to, values.data(), values.size() * sizeof(values[0]));
         to += values.size() * sizeof(values[0]);
       }
-      return out.to(teacher_->device());
+      return out.to(teacher_.device());
     };
     TeacherTargets out;
     out.sparse.ids = stack(&SparseRow::ids, at::kLong, {layout_.top});
@@ -321,7 +317,7 @@ class SparseTeacher final : public TeacherSource {
     scan();
   }
 
-  std::shared_ptr<const Transformer> teacher_;
+  FrozenTeacher teacher_;
   ModelConfig config_;
   SparseLayout layout_;
   Json identity_;
@@ -337,7 +333,7 @@ class SparseTeacher final : public TeacherSource {
 
 }  // namespace
 
-std::unique_ptr<TeacherSource> sparse_teacher(std::shared_ptr<const Transformer> teacher, const TaskData& data, std::int64_t sequence_length, const SparseCacheOptions& options, fs::path folder) {
+std::unique_ptr<TeacherSource> sparse_teacher(FrozenTeacher teacher, const TaskData& data, std::int64_t sequence_length, const SparseCacheOptions& options, fs::path folder) {
   return std::make_unique<SparseTeacher>(std::move(teacher), data, sequence_length, options, std::move(folder));
 }
 

@@ -14,8 +14,6 @@
 namespace kompakt {
 namespace {
 
-// Largest differences that a byte can say: from the likeliest token to the next, and from the last kept one to a drawn one.
-constexpr double codec_largest_gap = 20, codec_largest_depth = 16;
 // The rest's log-probability is not kept below this: nothing is learned from less, and log 0 would be no number.
 constexpr double codec_smallest_rest = -17;
 
@@ -80,12 +78,12 @@ std::vector<std::byte> encode_sparse_row(const SparseRow& row, const SparseLayou
     const float* log_p = row.log_p.data() + t * top;
     double below = 0;  // decoded distance from the likeliest
     for (std::size_t i = 1; i < top; ++i) {
-      const std::uint8_t code = codec_code(log_p[0] - log_p[i] - below, codec_largest_gap);
-      below += codec_value(code, codec_largest_gap);
+      const std::uint8_t code = codec_code(log_p[0] - log_p[i] - below, sparse_largest_gap);
+      below += codec_value(code, sparse_largest_gap);
       gaps.push_back(static_cast<std::byte>(code));
     }
     for (std::size_t i = 0; i < draws; ++i)
-      depths.push_back(static_cast<std::byte>(codec_code(log_p[0] - below - row.log_rest[t] - row.draw_log_p[t * draws + i], codec_largest_depth)));
+      depths.push_back(static_cast<std::byte>(codec_code(log_p[0] - below - row.log_rest[t] - row.draw_log_p[t * draws + i], sparse_largest_depth)));
   }
   for (const std::vector<std::byte>& part : {gaps, depths, pack_bits(row.ids, layout.id_bits()), pack_bits(row.draws, layout.id_bits())}) bytes.insert(bytes.end(), part.begin(), part.end());
   return zstd_compress(bytes);
@@ -111,14 +109,14 @@ SparseRow decode_sparse_row(std::span<const std::byte> frame, const SparseLayout
     const double log_rest = half_to_float(static_cast<std::uint16_t>(static_cast<unsigned>(rest[2 * t]) | static_cast<unsigned>(rest[2 * t + 1]) << 8));
     double sum = 1;
     for (std::size_t i = 1; i < top; ++i) {
-      below[i] = below[i - 1] + codec_value(static_cast<std::uint8_t>(*gap++), codec_largest_gap);
+      below[i] = below[i - 1] + codec_value(static_cast<std::uint8_t>(*gap++), sparse_largest_gap);
       sum += std::exp(-below[i]);
     }
     // All known tokens together have 1 - rest.
     const double first = std::log(-std::expm1(std::min(log_rest, -1e-6))) - std::log(sum);
     for (std::size_t i = 0; i < top; ++i) row.log_p[t * top + i] = static_cast<float>(first - below[i]);
     row.log_rest.push_back(static_cast<float>(log_rest));
-    for (std::size_t i = 0; i < draws; ++i) row.draw_log_p[t * draws + i] = static_cast<float>(std::min(0.0, first - below[top - 1] - codec_value(static_cast<std::uint8_t>(*depth++), codec_largest_depth) - log_rest));
+    for (std::size_t i = 0; i < draws; ++i) row.draw_log_p[t * draws + i] = static_cast<float>(std::min(0.0, first - below[top - 1] - codec_value(static_cast<std::uint8_t>(*depth++), sparse_largest_depth) - log_rest));
   }
   return row;
 }

@@ -30,6 +30,10 @@ struct SparseRow {
   std::vector<float> log_p, log_rest, draw_log_p;
 };
 
+// Largest differences that a byte can say: from one kept token to the next, and from the last kept one to a drawn one. A difference x has
+// code c = round(255 sqrt(x / largest)): what is decoded is at most largest (c + 1/4) / 255^2 below x, and less above.
+constexpr double sparse_largest_gap = 20, sparse_largest_depth = 16;
+
 // One zstd frame.
 std::vector<std::byte> encode_sparse_row(const SparseRow& row, const SparseLayout& layout);
 // Error at `place` for damaged bytes, and for a token that is not in the vocabulary.

@@ -1,4 +1,5 @@
-// Teacher sources: a cache of a frozen model's outputs on the training set, and a live model.
+// Teacher sources: a cache of a frozen model's outputs on the training set, and a live model. A cache loads the weights when something
+// is missing, and only then.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 
 #include "data/tokenizer.h"
 #include "train/context.h"
+#include "train/frozen_teacher.h"
 
 namespace kompakt {
 
@@ -14,7 +16,7 @@ namespace kompakt {
 // written to `folder`/teacher-<hash>.safetensors and memory-mapped. Aligned by example; a tap is only usable when the student
 // splits the text into as many tokens (checked, Error otherwise).
 // `examples` are tokenized by the teacher's own tokenizer and must outlive the source.
-std::unique_ptr<TeacherSource> cached_teacher(std::shared_ptr<const Transformer> teacher, const TokenizedExamples& examples, std::int64_t pad, std::filesystem::path folder);
+std::unique_ptr<TeacherSource> cached_teacher(FrozenTeacher teacher, const TokenizedExamples& examples, std::int64_t pad, std::filesystem::path folder);
 
 // Text, in short: what `sparse_teacher` keeps of every position.
 struct SparseCacheOptions {
@@ -30,11 +32,11 @@ struct SparseCacheOptions {
 // whatever the precision of the training: a killed and resumed run sees the same targets. Several processes may read and
 // write one cache at a time; parts of theirs that appear are used.
 // `data.hash` and the packing (TextBatches) decide which text a row number stands for; a row whose text differs is an Error.
-std::unique_ptr<TeacherSource> sparse_teacher(std::shared_ptr<const Transformer> teacher, const TaskData& data, std::int64_t sequence_length, const SparseCacheOptions& options,
+std::unique_ptr<TeacherSource> sparse_teacher(FrozenTeacher teacher, const TaskData& data, std::int64_t sequence_length, const SparseCacheOptions& options,
                                               std::filesystem::path folder);
 
 // Text: the teacher runs on every batch, without gradients; gives hidden states and its head.
-std::unique_ptr<TeacherSource> live_teacher(std::shared_ptr<const Transformer> teacher);
+std::unique_ptr<TeacherSource> live_teacher(FrozenTeacher teacher);
 
 // TokenBatch -> tensors on a device.
 ModelInput to_input(const TokenBatch& batch, c10::Device device);

@@ -17,7 +17,6 @@
 #include "core/text.h"
 #include "formats/safetensors.h"
 #include "formats/safetensors_header.h"
-#include "model/checkpoint.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -86,12 +85,12 @@ float cache_widen(std::uint16_t value) {
 
 class CachedTeacher final : public TeacherSource {
  public:
-  CachedTeacher(std::shared_ptr<const Transformer> teacher, const TokenizedExamples& examples, std::int64_t pad, std::filesystem::path folder)
-      : teacher_(std::move(teacher)), config_(teacher_->config()), examples_(examples), pad_(pad), folder_(std::move(folder)) {
+  CachedTeacher(FrozenTeacher teacher, const TokenizedExamples& examples, std::int64_t pad, std::filesystem::path folder)
+      : teacher_(std::move(teacher)), config_(teacher_.config()), examples_(examples), pad_(pad), folder_(std::move(folder)) {
     Sha256 hash;
     hash.update("examples").update(str(examples.ids.size()));
     for (const std::vector<std::int64_t>& ids : examples.ids) hash.update(str("|", ids.size(), "|")).update(std::as_bytes(std::span(ids)));
-    fingerprint_ = sha256(kompakt::fingerprint(*teacher_) + hash.hex());
+    fingerprint_ = sha256(teacher_.fingerprint() + hash.hex());
   }
 
   void prepare(const std::set<std::string>& taps) override {
@@ -178,11 +177,12 @@ class CachedTeacher final : public TeacherSource {
     std::vector<std::uint16_t> example_rows;
     std::int64_t token_width = 0, example_width = 0, classes = 0, done = 0;
     std::vector<CachedTap> layout;
+    const std::shared_ptr<const Transformer> model = teacher_.model();
     Progress progress("teacher cache", count, "text");
     for (const TokenBatch& batch : batches) {
       check_interrupted();
       TapMap sink(taps);
-      const at::Tensor scores = teacher_->forward(to_input(batch, teacher_->device()), &sink).to(at::kCPU, at::kFloat).contiguous();
+      const at::Tensor scores = model->forward(to_input(batch, teacher_.device()), &sink).to(at::kCPU, at::kFloat).contiguous();
       if (logits.empty()) {
         layout = cache_layout(sink, token_width, example_width);
         classes = scores.size(1);
@@ -269,10 +269,10 @@ class CachedTeacher final : public TeacherSource {
       (tap.per_example ? example_rows_ : token_rows_) = reinterpret_cast<const std::uint16_t*>(rows.bytes.data());
       (tap.per_example ? example_width_ : token_width_) = rows.shape.at(1);
     }
-    device_ = teacher_->device();
+    device_ = teacher_.device();
   }
 
-  std::shared_ptr<const Transformer> teacher_;
+  FrozenTeacher teacher_;
   ModelConfig config_;
   const TokenizedExamples& examples_;
   std::int64_t pad_;
@@ -290,7 +290,7 @@ class CachedTeacher final : public TeacherSource {
 
 }  // namespace
 
-std::unique_ptr<TeacherSource> cached_teacher(std::shared_ptr<const Transformer> teacher, const TokenizedExamples& examples, std::int64_t pad, std::filesystem::path folder) {
+std::unique_ptr<TeacherSource> cached_teacher(FrozenTeacher teacher, const TokenizedExamples& examples, std::int64_t pad, std::filesystem::path folder) {
   return std::make_unique<CachedTeacher>(std::move(teacher), examples, pad, std::move(folder));
 }
 

@@ -4,7 +4,6 @@
 
 #include "core/error.h"
 #include "core/text.h"
-#include "model/checkpoint.h"
 #include "model/families.h"
 #include "train/chunked_loss.h"
 #include "train/teacher.h"
@@ -14,7 +13,7 @@ namespace {
 
 class LiveTeacher final : public TeacherSource {
  public:
-  explicit LiveTeacher(std::shared_ptr<const Transformer> teacher) : teacher_(std::move(teacher)) {}
+  explicit LiveTeacher(FrozenTeacher teacher) : teacher_(std::move(teacher)) {}
 
   void prepare(const std::set<std::string>& taps) override { taps_ = taps; }
 
@@ -22,13 +21,14 @@ class LiveTeacher final : public TeacherSource {
     at::NoGradGuard no_grad;
     TapMap taps(taps_);
     TeacherTargets out;
-    const ModelInput input = to_input(batch, teacher_->device());
-    if (teacher_->config().family->encoder) {
-      out.logits = teacher_->forward(input, &taps).to(at::kFloat);
+    const std::shared_ptr<const Transformer> model = teacher_.model();
+    const ModelInput input = to_input(batch, teacher_.device());
+    if (teacher_.config().family->encoder) {
+      out.logits = model->forward(input, &taps).to(at::kFloat);
     } else {  // logits of all tokens at once would be the largest tensor of the step
-      const HeadWeights head = head_weights(*teacher_);
-      const InputTransform& transform = teacher_->lm_head.input_transform;
-      out.hidden = teacher_->hidden(input, &taps);
+      const HeadWeights head = head_weights(*model);
+      const InputTransform& transform = model->lm_head.input_transform;
+      out.hidden = model->hidden(input, &taps);
       if (transform) out.hidden = transform(out.hidden);
       out.head_weight = head.weight, out.head_bias = head.bias;
     }
@@ -39,21 +39,17 @@ class LiveTeacher final : public TeacherSource {
     return out;
   }
 
-  const ModelConfig& config() const override { return teacher_->config(); }
+  const ModelConfig& config() const override { return teacher_.config(); }
 
-  std::string fingerprint() const override {
-    if (fingerprint_.empty()) fingerprint_ = kompakt::fingerprint(*teacher_);
-    return fingerprint_;
-  }
+  std::string fingerprint() const override { return teacher_.fingerprint(); }
 
  private:
-  std::shared_ptr<const Transformer> teacher_;
+  FrozenTeacher teacher_;
   std::set<std::string> taps_;
-  mutable std::string fingerprint_;
 };
 
 }  // namespace
 
-std::unique_ptr<TeacherSource> live_teacher(std::shared_ptr<const Transformer> teacher) { return std::make_unique<LiveTeacher>(std::move(teacher)); }
+std::unique_ptr<TeacherSource> live_teacher(FrozenTeacher teacher) { return std::make_unique<LiveTeacher>(std::move(teacher)); }
 
 }  // namespace kompakt

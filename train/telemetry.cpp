@@ -35,11 +35,15 @@ Telemetry::Telemetry(std::string title, std::int64_t steps, const Json& saved, c
   for (const auto& [name, value] : saved.at("sums").items()) sums_.emplace_back(name, value.get<double>());
   summed_ = saved.at("summed").get<std::int64_t>();
   seconds_before_ = saved.at("seconds").get<double>();
+  empty_steps_ = saved.at("empty_steps").get<std::int64_t>();
+  empty_micro_batches_ = saved.at("empty_micro_batches").get<std::int64_t>();
 }
 
 double Telemetry::seconds() const { return seconds_before_ + telemetry_since(start_); }
 
 void Telemetry::step(const StepRecord& record) {
+  empty_micro_batches_ += record.empty_micro_batches, empty_steps_ += record.empty();
+  if (record.empty()) return progress_.update(record.step, note_);
   if (summed_ == 0) {
     sums_.clear();
     sums_.emplace_back("loss", 0.0);
@@ -60,6 +64,7 @@ void Telemetry::step(const StepRecord& record) {
     Json event{{"stage", title_}, {"step", record.step}, {"loss", record.loss}, {"parts", telemetry_parts(record.parts)}, {"gradient_norm", record.gradient_norm},
                         {"learning_rate", record.learning_rate}, {"tokens_per_second", static_cast<double>(event_tokens_) / seconds}, {"memory_bytes", current_memory_bytes()}};
     if (const auto bytes = device_memory_bytes(device_)) event["device_memory_bytes"] = *bytes;
+    if (empty_micro_batches_ > 0) event["empty_micro_batches"] = empty_micro_batches_, event["empty_steps"] = empty_steps_;
     log_metric("step", event);
     event_tokens_ = 0;
     event_start_ = std::chrono::steady_clock::now();
@@ -84,7 +89,7 @@ void Telemetry::watched(std::int64_t step, const std::vector<std::pair<std::stri
 void Telemetry::finish() { progress_.finish("in " + human_seconds(seconds()) + note_); }
 
 Json Telemetry::save() const {
-  return {{"loss_curve", loss_curve_}, {"dev_curve", dev_curve_}, {"watched_curve", watched_curve_}, {"sums", telemetry_parts(sums_)}, {"summed", summed_}, {"seconds", seconds()}};
+  return {{"loss_curve", loss_curve_}, {"dev_curve", dev_curve_}, {"watched_curve", watched_curve_}, {"sums", telemetry_parts(sums_)}, {"summed", summed_}, {"seconds", seconds()}, {"empty_steps", empty_steps_}, {"empty_micro_batches", empty_micro_batches_}};
 }
 
 }  // namespace kompakt

@@ -21,6 +21,8 @@ struct StepRecord {
   double gradient_norm = 0;  // before clipping
   double learning_rate = 0;  // peak rate x schedule, without per-group rates
   std::int64_t tokens = 0;   // without padding
+  std::int64_t micro_batches = 0, empty_micro_batches = 0;  // empty: nothing to predict, not computed
+  bool empty() const { return micro_batches > 0 && empty_micro_batches == micro_batches; }  // then there are no numbers
 };
 
 class Telemetry {
@@ -35,6 +37,8 @@ class Telemetry {
   void watched(std::int64_t step, const std::vector<std::pair<std::string, double>>& parts);
   void finish();
   double seconds() const;  // over all processes of this training
+  std::int64_t empty_steps() const { return empty_steps_; }  // likewise
+  std::int64_t empty_micro_batches() const { return empty_micro_batches_; }
 
   Json save() const;
   // At most about 250 points; a point is the mean over the steps since the last one:
@@ -53,6 +57,7 @@ class Telemetry {
   double seconds_before_ = 0;
   std::chrono::steady_clock::time_point start_, event_start_;
   std::int64_t event_tokens_ = 0;
+  std::int64_t empty_steps_ = 0, empty_micro_batches_ = 0;  // so far
   Progress progress_;
   std::string note_;
 };

@@ -1,6 +1,7 @@
 // Whole runs of text recipes: a student with another tokenizer, texts that the student writes, and the refusal that says what vocabularies share.
 #include "tests/catch_torch.h"
 
+#include <cmath>
 #include <filesystem>
 
 #include "core/files.h"
@@ -10,6 +11,7 @@
 #include "pipeline/recipe.h"
 #include "pipeline/run.h"
 #include "tests/distill/tokenizers.h"
+#include "tests/pipeline/tiny.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
 
@@ -116,6 +118,72 @@ TEST_CASE("a student that starts from random weights; mistakes that only the sha
   shape["vocab_size"] = shape.at("vocab_size").get<int>() + 700;
   write_text(path("small.json"), shape.dump());
   CHECK(contains_all(planned(random), {"do not share a vocabulary"}));
+}
+
+TEST_CASE("a run whose cache is full does without the teacher's weights, in training and in the figures") {
+  const TemporaryFolder folder;
+  const auto path = [&](const char* name) { return folder.path() / name; };
+  write_text_model(path("teacher"), *word_tokenizer(), 3, 1);
+  std::string train, test;
+  for (int i = 0; i < 12; ++i) train += "the cat sat on the mat and saw the other cat " + std::to_string(i) + "\n", test += "a cat that sat there saw the hat " + std::to_string(i * 7) + "\n";
+  write_text(path("train.txt"), train);
+  write_text(path("test.txt"), test);
+  Json shape = read_json(path("teacher") / "config.json");
+  shape["num_hidden_layers"] = 2;
+  write_text(path("small.json"), shape.dump());
+  const auto recipe = [&](const std::string& student, const std::string& rate, const std::string& evaluate, const std::string& teacher) {
+    std::string text = text_recipe("{student: " + student + ", cache: {top: 8, tail: 4}, epochs: 1, batch_size: 2, sequence_length: 24, precision: float32, learning_rate: " + rate + "}");
+    text.replace(text.find("{latency: false}"), 16, "{latency: false" + evaluate + "}");
+    text.replace(text.find("{path: teacher}"), 15, "{path: teacher" + teacher + "}");
+    write_text(path("recipe.yaml"), text);
+    return read_recipe(path("recipe.yaml"));
+  };
+  const auto run = [&](const std::string& student, const std::string& rate, const char* out, const std::string& evaluate = ", cache: {top: 16, tail: 8}", const std::string& teacher = "") {
+    CHECK(run_recipe(recipe(student, rate, evaluate, teacher), {.out = path(out)}).code == ExitCode::ok);
+    return read_json(path(out) / "manifest.json").at("stages").at(0);
+  };
+  const Json first = run("{config: small.json}", "1e-3", "a");
+  CHECK(first.at("details").at("teacher_loaded") == true);
+  const Json second = run("{config: small.json}", "2e-3", "b"), layers = run("{keep_layers: [0, 2]}", "1e-3", "c");
+  CHECK_FALSE(second.at("reused").get<bool>());
+  CHECK(second.at("details").at("teacher_loaded") == false);
+  CHECK(layers.at("details").at("teacher_loaded") == false);
+  const Json kl = second.at("model").at("language").at("test").at("kl");
+  CHECK(kl.at("at_least").get<double>() <= kl.at("mean").get<double>());
+  CHECK(kl.at("at_most").get<double>() >= kl.at("mean").get<double>());
+  CHECK(kl.at("standard_error").get<double>() > 0);
+  // The same student, measured by the teacher itself.
+  const Json again = run("{config: small.json}", "2e-3", "d", "");
+  CHECK(again.at("reused").get<bool>());
+  const Json exact = again.at("model").at("language").at("test");
+  CHECK_FALSE(exact.at("kl").contains("at_least"));
+  CHECK(std::abs(exact.at("kl").at("mean").get<double>() - kl.at("mean").get<double>()) <= 4 * kl.at("standard_error").get<double>() + kl.at("code_error").get<double>());
+  CHECK(exact.at("top1_agreement") == second.at("model").at("language").at("test").at("top1_agreement"));
+  CHECK(exact.at("perplexity").at("value") == second.at("model").at("language").at("test").at("perplexity").at("value"));
+  // A teacher in fewer bits answers otherwise: another stage, another cache; figures are of the same teacher.
+  const Json held = run("{config: small.json}", "2e-3", "e", "", ", precision: int4");
+  CHECK_FALSE(held.at("reused").get<bool>());
+  CHECK(held.at("details").at("teacher_loaded") == true);
+  CHECK(held.at("key") != second.at("key"));
+  CHECK(held.at("details").at("loss_curve") != second.at("details").at("loss_curve"));
+  CHECK(read_json(path("e") / "manifest.json").at("teacher").at("language") == read_json(path("d") / "manifest.json").at("teacher").at("language"));
+  CHECK(contains_all(error_text([&] { recipe("{config: small.json}", "1e-3", ", cache: {tail: 3}", ", precision: int5"); }), {"cache.tail must be even", "int5", "float32, bf16, int8, int4"}));
+}
+
+TEST_CASE("a classifier's teacher in fewer bits: every stage that learns from it is another, the one that made it is not") {
+  TinySetting tiny;
+  const auto run = [&](const std::vector<std::string>& sets, const char* out) {
+    CHECK(run_recipe(read_recipe(tiny.recipe(), sets), {.out = tiny.out(out)}).code == ExitCode::ok);
+    return read_json(tiny.out(out) / "manifest.json").at("stages");
+  };
+  const Json plain = run({}, "plain"), held = run({"teacher.precision=int8"}, "held");
+  CHECK(held.at(0).at("reused").get<bool>());
+  for (std::size_t i = 1; i <= 3; ++i) CHECK(held.at(i).at("key") != plain.at(i).at("key"));  // distill, prune with recovery, quantize by qad
+  CHECK(held.at(1).at("details").at("loss_curve") != plain.at(1).at("details").at("loss_curve"));
+  CHECK(run({}, "plain").at(3).at("reused").get<bool>());
+  tiny.write_recipe("\n  - finetune: {steps: 2}\n  - evaluate: {cache: {}}\n");
+  const Recipe cached = read_recipe(tiny.recipe());
+  CHECK(contains_all(error_text([&] { predict_stages(cached, load_data(cached)); }), {"evaluate", "for text"}));
 }
 
 TEST_CASE("runs of text go on from an earlier one: perplexity of the text before and after, in pairs", "[continual]") {

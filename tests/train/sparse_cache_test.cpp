@@ -13,12 +13,15 @@
 #include "core/json.h"
 #include "formats/hdf5_file.h"
 #include "formats/zstd.h"
+#include "model/checkpoint.h"
 #include "tests/distill/tokenizers.h"
 #include "tests/support.h"
 #include "tests/train/fixtures.h"
 #include "train/dev_score.h"
+#include "train/frozen_teacher.h"
 #include "train/sparse_codec.h"
 #include "train/step_batches.h"
+#include "train/targets.h"
 #include "train/teacher.h"
 
 using namespace kompakt;
@@ -302,12 +305,65 @@ TEST_CASE("held-out windows under a cache are cut to its rows") {
     return out;
   }();
   const std::vector<std::vector<std::int64_t>> windows = {window, {1, 2, 3}, std::vector<std::int64_t>(window.begin(), window.begin() + 16)};
-  CHECK(held_out_pieces(windows, *live, 16) == windows);
-  const auto pieces = held_out_pieces(windows, *cached, 16);
-  REQUIRE(pieces.size() == 4);
-  CHECK(pieces[0] == windows[2]);
-  CHECK(pieces[1] == std::vector<std::int64_t>(window.begin() + 16, window.begin() + 32));
-  CHECK(pieces[2] == windows[1]);  // too short for a row: the loop then takes the plain loss
+  const auto whole = held_out_batches(windows, *live, 16);
+  REQUIRE(whole.size() == 3);
+  for (std::size_t i = 0; i < 3; ++i) CHECK(whole[i].ids == windows[i]);
+  cached->prepare({});
+  const auto rows = held_out_batches(windows, *cached, 16);
+  REQUIRE(rows.size() == 4);
+  CHECK(rows[0].ids == windows[2]);
+  CHECK(rows[1].ids == std::vector<std::int64_t>(window.begin() + 16, window.begin() + 32));
+  CHECK(rows[1].examples == std::vector<std::int64_t>{-2});
+  // Too short for a row: filled up, and only its own tokens count.
+  CHECK(rows[2].columns == 16);
+  CHECK(rows[2].lengths == std::vector<std::int64_t>{3});
+  CHECK(count_targets(rows[2]) == 2);
+  const at::NoGradGuard no_grad;
+  live->prepare({});
+  const TeacherTargets full = live->targets(whole[1]), kept = cached->targets(rows[2]);
+  const at::Tensor best = at::log_softmax(at::matmul(full.hidden[0], full.head_weight.t()), -1).argmax(-1);
+  CHECK(at::equal(kept.sparse.ids[0].narrow(0, 0, 3).select(1, 0), best));
+  CHECK(held_out_batches({{7}}, *cached, 16).empty());  // nothing to predict
+}
+
+TEST_CASE("a cache that has every row never loads the teacher") {
+  const TaskData data = tiny_text();
+  const TemporaryFolder folder;
+  const auto model = cache_decoder();
+  int loads = 0;
+  const auto teacher = [&](bool readable) {
+    return FrozenTeacher(model->config(), c10::Device(c10::kCPU), [&loads, model, readable]() -> std::shared_ptr<const Transformer> {
+      ++loads;
+      if (!readable) throw Error("the weights cannot be read");
+      return model;
+    }, [model] { return fingerprint(*model); });
+  };
+  TrainOptions options = tiny_options();
+  options.batch_size = 2, options.sequence_length = 16;
+  const StepBatches batches(data, options, 1);
+  const auto all = [&](TeacherSource& source) {
+    std::vector<at::Tensor> out;
+    source.prepare({});
+    for (std::int64_t step = 0; step < batches.steps_per_epoch(); ++step)
+      for (const TokenBatch& batch : batches.micro_batches(step)) out.push_back(source.targets(batch).sparse.log_p);
+    return at::cat(out);
+  };
+  at::Tensor first;
+  {
+    const FrozenTeacher there = teacher(true);
+    const auto source = sparse_teacher(there, data, 16, {6, 4}, folder.path());
+    CHECK(loads == 0);
+    first = all(*source);
+    CHECK(loads == 1);
+    CHECK(there.loaded());
+    there.release();
+    CHECK_FALSE(there.loaded());
+  }
+  const auto again = sparse_teacher(teacher(false), data, 16, {6, 4}, folder.path());
+  CHECK(at::equal(all(*again), first));
+  CHECK(loads == 1);
+  const auto other = sparse_teacher(teacher(false), data, 16, {7, 4}, folder.path());  // another cache: empty
+  CHECK(contains_all(error_text([&] { all(*other); }), {"cannot be read"}));
 }
 
 TEST_CASE("draws of the cache are unbiased: over many rows their shares are the teacher's probabilities") {
