@@ -11,7 +11,6 @@
 #include "distill/cross_tokenizer.h"
 #include "distill/stage.h"
 #include "distill/vocabularies.h"
-#include "distributed/collective.h"
 #include "export/exporters.h"
 #include "model/checkpoint.h"
 #include "model/families.h"
@@ -19,7 +18,9 @@
 #include "pipeline/recipe.h"
 #include "pipeline/stage_common.h"
 #include "pipeline/store.h"
+#include "pipeline/student_width.h"
 #include "pipeline/task_data.h"
+#include "prune/stage.h"
 #include "train/mask.h"
 #include "train/sparse_codec.h"
 #include "train/teacher.h"
@@ -52,8 +53,8 @@ ModelConfig random_student(const StudentOptions& options, const Recipe& recipe) 
 }
 
 // With what only the task decides, which the check of the recipe does not know.
-DistillOptions read_distill(const Node& node, bool classification) {
-  const auto options = read_stage<DistillOptions>(node);
+DistillRecipe read_distill(const Node& node, bool classification) {
+  const auto options = read_stage<DistillRecipe>(node);
   Problems problems;
   check_distill(options, classification, node.place, problems);
   problems.throw_if_any("the stage's options are not valid");
@@ -64,8 +65,9 @@ DistillOptions read_distill(const Node& node, bool classification) {
 
 void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model) {
   set_rounding(model.config, RuntimeRounding());
-  const DistillOptions options = read_distill(node, input.recipe.is_classification());
+  const DistillRecipe options = read_distill(node, input.recipe.is_classification());
   if (!options.student.keep_layers.empty()) model.config.layers = static_cast<std::int64_t>(options.student.keep_layers.size());
+  if (options.has_width) plan_width_cut(options.width, input, model);
   if (!options.student.config.empty()) {
     model.config = random_student(options.student, input.recipe);
     if (input.tokenizer && !model.other_tokens) check_tokenizer_fits(*input.tokenizer, model.config, input.recipe.path_of(options.student.config).string());
@@ -99,7 +101,7 @@ void plan_distill(const Node& node, const PlanInput& input, PlannedModel& model)
 
 void run_distill(const Node& node, StageRun& run) {
   set_rounding(*run.current.model, RuntimeRounding());
-  const DistillOptions options = read_distill(node, run.context.data->kind == TaskData::Kind::classification);
+  const DistillRecipe options = read_distill(node, run.context.data->kind == TaskData::Kind::classification);
   const std::int64_t before = run.current.model->config().layers;
   std::unique_ptr<TokenizedData> own;  // the data in the tokens of a student that is another model
   if (!options.student.model.empty()) {
@@ -120,6 +122,7 @@ void run_distill(const Node& node, StageRun& run) {
     run.context.masks.clear();
     run.context.layer_map = other_layer_map(options.student, config, run.teacher.config());
   }
+  if (options.has_width) prune(*run.current.model, width_cut(options.width, run.current.model->config()), {}, run.context);
   if (!options.student.keep_layers.empty()) {
     refuse_masks(run.context, "keep_layers makes a model of other layers");
     // Layers are counted in the teacher; the teacher's weights are where the student starts.
@@ -138,14 +141,14 @@ void run_distill(const Node& node, StageRun& run) {
   }
   if (options.has_cache) {
     SparseCacheOptions cache = options.cache;
-    if (run.current.model->config().vocab < run.teacher.config().vocab) cache.columns = shared_logits(run.current.model->config().vocab, run.teacher.config().vocab);
+    cache.columns = shared_logits(run.current.model->config().vocab, run.teacher.config().vocab, run.current.tokenizer->vocab_size());
     source = sparse_teacher(run.teacher, *run.context.data, options.train.sequence_length, cache, outputs);
   }
   if (source) run.context.teacher = source.get();
   if (options.has_cache) run.teacher.release();  // rows that are missing bring it back
   std::unique_ptr<BatchSampler> writer;
   if (options.has_teacher_text) {
-    writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title, !run.context.ranks || run.context.ranks->leader()});
+    writer = teacher_text_sampler(run.teacher, options.teacher_text, options.train.batch_size, outputs, {*run.context.data, options.train.sequence_length, run.context.seed, run.context.title, run.context.ranks});
     run.context.sampler = writer.get();
   }
   distill(*run.current.model, options, run.context);

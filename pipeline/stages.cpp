@@ -366,7 +366,7 @@ bool works_by_blocks(const RecipeStage& stage) {
 
 bool starts_afresh(const RecipeStage& stage) {
   if (stage.row->name != "distill") return false;
-  const StudentOptions student = read_stage<DistillOptions>(stage.options).student;
+  const StudentOptions student = read_stage<DistillRecipe>(stage.options).student;
   return !student.config.empty() || !student.model.empty();
 }
 

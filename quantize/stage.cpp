@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "core/error.h"
+#include "core/lasting_memory.h"
 #include "core/log.h"
 #include "core/node.h"
 #include "core/system.h"
@@ -153,6 +154,7 @@ class QuantizeRun {
   }
 
   void calibrate() {
+    const ReusedMemory memory;  // of activations, part by part
     const CalibrationSet set = calibration_set(context_, options_.calibration_sequences);
     describe_calibration(set);
     if (const TokenWeightRow& row = *find_token_weights(options_.token_weights); row.exponent > 0) weigh_tokens(set, row);
@@ -180,10 +182,8 @@ class QuantizeRun {
         }
       } else {
         const std::size_t first_row = layers_.size();
-        for (const BlockPart part : block_parts) {
-          quantize_part(calibration, layer, part, original);
-          release_free_memory();  // activations leave holes between the codes, which stay: the heap would double from block to block
-        }
+        for (const BlockPart part : block_parts) quantize_part(calibration, layer, part, original);
+        if (layer % 2 == 1) release_free_memory();  // holes that nothing fitted into; after every block it costs a tenth of the time
         if (options_.tunes_blocks() && layers_.size() > first_row) tune_one_block(calibration, layer, original, first_row);
         save_block(records, layer, first_row);
       }
@@ -389,6 +389,10 @@ class QuantizeRun {
     layers_.push_back(std::move(row));
     weights_ += tensor.weight->numel();
     put_decoded(*tensor.weight, spec, quantized);
+    if (tensor.role == QuantizableRole::linear) {
+      const ReusedMemory::Lasting lasting;
+      quantized = {quantized.codes.clone(), quantized.scales.clone(), quantized.offsets.defined() ? quantized.offsets.clone() : at::Tensor()};
+    }
     result_.tensors[tensor.name] = std::move(quantized);
     progress_->update(static_cast<std::int64_t>(result_.tensors.size()), note);
   }
