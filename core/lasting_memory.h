@@ -5,7 +5,7 @@ namespace kompakt {
 
 // While one lives, freed memory stays with the process for the next allocation, instead of going back to the system and coming again page
 // by page. Blocks made under `Lasting` lie apart from the rest, so that what stays leaves no holes between what goes, on which the heap
-// would grow. At the end all that is free goes back. One at a time in a process; without glibc nothing happens.
+// would grow. At the end all that is free goes back. One at a time in a process; `Lasting` alone, or without glibc, does nothing.
 class ReusedMemory {
  public:
   ReusedMemory();

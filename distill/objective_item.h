@@ -68,13 +68,14 @@ class CrossTokenizerObjective final : public Objective {
 // What reverse KL of whole sampled texts has beyond that of single tokens (MiniLLM). Zero on texts of the data.
 class PolicyObjective final : public Objective {
  public:
-  explicit PolicyObjective(const ObjectiveItem& item) : weight_(item.weight) {}
+  explicit PolicyObjective(const ObjectiveItem& item) : weight_(item.weight), tokens_(item.shapes.tokens) {}
   bool needs_teacher() const override { return true; }
   bool needs_logits() const override { return false; }
   at::Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) override;
 
  private:
   double weight_;
+  std::int64_t tokens_;  // of the tokenizer, among which texts are drawn; 0 = all rows of the head
 };
 
 // Pooled vectors of texts, student against teacher (encoders).

@@ -82,7 +82,9 @@ class CompletionSampler : public BatchSampler {
   const SamplerFrame& frame() const { return frame_; }
   Json completion_identity() const {
     CompletionOptions copy = options_;
-    return to_json(write_fields([&](FieldVisitor& visitor) { fields(visitor, copy); }));
+    Json out = to_json(write_fields([&](FieldVisitor& visitor) { fields(visitor, copy); }));
+    out["vocabulary"] = frame_.data.tokenizer ? frame_.data.tokenizer->vocab_size() : 0;
+    return out;
   }
 
  private:
@@ -168,7 +170,7 @@ class TeacherTextSampler final : public CompletionSampler {
  public:
   TeacherTextSampler(FrozenTeacher teacher, const CompletionOptions& options, std::int64_t batch_size, const std::filesystem::path& folder, SamplerFrame frame_in)
       : CompletionSampler(options, teacher.config(), std::move(frame_in)), teacher_(std::move(teacher)) {
-    key_ = sha256(str("teacher-text/1\n", teacher_.fingerprint(), "\n", frame().data.hash, "\n", frame().sequence_length, "\n", batch_size, "\n", frame().seed, "\n", completion_identity().dump()));
+    key_ = sha256(str("teacher-text/2\n", teacher_.fingerprint(), "\n", frame().data.hash, "\n", frame().sequence_length, "\n", batch_size, "\n", frame().seed, "\n", completion_identity().dump()));
     make_folder(folder);
     file_ = folder / ("texts-" + key_.substr(0, 32) + ".txt");
     load();

@@ -7,6 +7,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
+
 #include "distill/objective_item.h"
 #include "distill/token_log_probs.h"
 #include "train/chunked_loss.h"
@@ -34,13 +36,18 @@ at::Tensor PolicyObjective::loss(const ObjectiveInput& input, std::vector<LossPa
   }
   const auto tensor = [&](const std::vector<std::int64_t>& values) { return at::tensor(at::ArrayRef<std::int64_t>(values), at::kLong).to(hidden.device()); };
   const at::Tensor at_positions = tensor(positions), wanted = tensor(tokens);
+  // Padding rows of a head are never drawn: the distributions are those over the tokenizer's ids.
+  const auto among = [&](const at::Tensor& states, const at::Tensor& weight, const at::Tensor& bias) {
+    const std::int64_t rows = tokens_ > 0 ? std::min(tokens_, weight.size(0)) : weight.size(0);
+    return token_log_probs(states.index_select(0, at_positions), weight.narrow(0, 0, rows), bias.defined() ? bias.narrow(0, 0, rows) : bias, wanted);
+  };
   const HeadWeights head = head_weights(input.student);
-  const at::Tensor student = token_log_probs(hidden.index_select(0, at_positions), head.weight, head.bias, wanted);
+  const at::Tensor student = among(hidden, head.weight, head.bias);
   at::Tensor reward;
   {
     const at::NoGradGuard no_grad;
     const TeacherTargets& teacher = objective_teacher(input);
-    reward = (token_log_probs(teacher.hidden.flatten(0, 1).index_select(0, at_positions), teacher.head_weight, teacher.head_bias, wanted) - student.detach()).to(at::kCPU, at::kDouble);
+    reward = (among(teacher.hidden.flatten(0, 1), teacher.head_weight, teacher.head_bias) - student.detach()).to(at::kCPU, at::kDouble);
   }
   at::Tensor later = at::zeros_like(reward);
   const double* r = reward.const_data_ptr<double>();

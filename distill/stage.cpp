@@ -49,9 +49,19 @@ Node distill_default(const DistillOptions& options, const ModelConfig& student, 
   return classifier ? default_objective(student) : default_objective(false);
 }
 
+// Heads whose rows can be compared, padding apart.
+bool distill_shares_rows(const ModelConfig& student, const ModelConfig& teacher) {
+  try {
+    shared_logits(student.vocab, teacher.vocab);
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 // Whether the divergence is measured on its own: the teacher runs for other values, and both models predict the same things.
 bool distill_monitored(const Node& list, const ModelConfig& student, const ModelConfig& teacher, const ObjectiveShapes& shapes) {
-  const bool predicts = student.is_classifier() ? student.labels.size() == teacher.labels.size() : !student.family->encoder && !teacher.family->encoder && student.vocab == teacher.vocab;
+  const bool predicts = student.is_classifier() ? student.labels.size() == teacher.labels.size() : !student.family->encoder && !teacher.family->encoder && distill_shares_rows(student, teacher);
   return predicts && !shapes.crossed && !distill_has(list, "logits") && (distill_has(list, "hidden") || distill_has(list, "relation") || distill_has(list, "embedding"));
 }
 
@@ -68,7 +78,7 @@ ObjectiveShapes distill_shapes(const DistillOptions& options, const Node& list, 
 // the teacher's outputs are a pass over all examples, which nobody asked for. A cache that is filled elsewhere knows no rows yet; a student
 // that is another model may have other tokens.
 bool distill_watched(const DistillOptions& options, const Node& list, const ModelConfig& student, const ModelConfig& teacher, const ObjectiveShapes& shapes) {
-  return shapes.decoder && !shapes.crossed && student.vocab == teacher.vocab && options.student.model.empty() && !(options.has_cache && options.cache.fill == "elsewhere") && !distill_has(list, "logits") &&
+  return shapes.decoder && !shapes.crossed && distill_shares_rows(student, teacher) && options.student.model.empty() && !(options.has_cache && options.cache.fill == "elsewhere") && !distill_has(list, "logits") &&
          !distill_monitored(list, student, teacher, shapes);
 }
 

@@ -174,6 +174,10 @@ void check_together(const Recipe& recipe, Problems& problems) {
   }
   const DataSource *previous = recipe.find_data("previous"), *rehearsal = recipe.find_data("rehearsal");
   if (recipe.is_classification() && !recipe.has_labels()) check_sentences(recipe, problems);
+  else
+    for (const char* name : {"train", "dev", "test", "previous", "rehearsal"})
+      if (const DataSource* source = recipe.find_data(name); source && source->format == "sentences")
+        problems.add(Error(str("data set \"", name, "\" has no labels, and the others are of another kind")).at(recipe.file).given("format: sentences").allowed(recipe.has_labels() ? "format: classification" : "format: text").hint("give all data sets of a run the same format"));
   if (rehearsal && !has_train) problems.add(Error("data set \"rehearsal\" is mixed into training data, and there are none").at(recipe.file).hint("add data: {train: {files: [...], ...}}, or remove rehearsal"));
   if (rehearsal && rehearsal->format == "text" && recipe.rehearsal_share > 0) problems.add(Error("rehearsal.share is for classification").at(recipe.file).given(shortest(recipe.rehearsal_share)).hint("of text, rehearsal.tokens says how much is mixed in"));
   for (const auto& [name, source] : {std::pair("previous", previous), std::pair("rehearsal", rehearsal)}) {

@@ -153,11 +153,14 @@ FrozenTeacher RunSession::frozen_teacher(const std::string& precision) const {
     return model;
   };
   if (is_artifact(path)) {  // codes in place of weights: only its own reader knows what is in it
-    std::shared_ptr<Transformer> model = open_any_model(path);
-    const std::string floats = fingerprint(*model);
-    if (whole) return FrozenTeacher(on_device(std::move(model)));
-    hold_weights(*model, held);
-    return FrozenTeacher(model->config(), device_, [model = on_device(model)] { return model; }, [floats, precision] { return sha256(floats + precision); });
+    const std::shared_ptr<Transformer> first = open_any_model(path);
+    const std::string floats = fingerprint(*first);
+    const auto open = [on_device, path, whole, &held]() -> std::shared_ptr<const Transformer> {
+      std::shared_ptr<Transformer> model = open_any_model(path);
+      if (!whole) hold_weights(*model, held);
+      return on_device(std::move(model));
+    };
+    return FrozenTeacher(first->config(), device_, open, [floats, whole, precision] { return whole ? floats : sha256(floats + precision); });
   }
   const auto load = [on_device, path, whole, &held]() -> std::shared_ptr<const Transformer> { return on_device(whole ? load_model(path) : load_held_model(path, held)); };
   return FrozenTeacher(load_config(path), device_, load, [path, whole, precision] { return whole ? fingerprint(path) : sha256(fingerprint(path) + precision); });
@@ -200,6 +203,10 @@ TeacherSource* RunSession::teacher_source() {
 }
 
 StageContext RunSession::stage_context(const RecipeStage& stage, std::size_t index, const std::string& key, Json& details) {
+  if (teacher_ && holds_teacher_apart()) {  // of a teacher in fewer bits, floats are there to measure alone
+    teacher_.release();
+    if (!learns_from_teacher(stage)) answering_.release();
+  }
   StageContext context;
   context.title = stage.title;
   context.work = folder_ / "work" / str(stage.title, "-", key.substr(0, 12), leader() ? std::string() : str("-rank-", ranks_->rank()));
@@ -395,6 +402,7 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
     model = std::make_shared<Transformer>(load_config(folder), 0, c10::Device(c10::kMeta));
   } else if (is_teacher) {
     name_teacher();
+    if (holds_teacher_apart()) answering_.release();
     model = teacher_.model(), tokenizer = teacher_tokenizer_;
   } else {
     load_current();
@@ -408,14 +416,15 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   if (measurable) {
     if (text && !is_teacher) name_teacher();
     // Distributions over different tokens cannot be compared.
-    const bool comparable = text && !is_teacher && tokenizer->fingerprint() == teacher_tokenizer_->fingerprint();
+    const bool same_tokens = text && !is_teacher && tokenizer->fingerprint() == teacher_tokenizer_->fingerprint();
+    const bool comparable = same_tokens && model->config().vocab == teacher_.config().vocab;
     TokenizedData& tokenized = data_for(tokenizer, model->config());
     if (comparable && holds_teacher_apart()) answering_.release();
     const bool cached = comparable && evaluate_.has_cache && !tokenized.test_windows.empty();
     const std::shared_ptr<const Transformer> other = comparable && !cached ? teacher_.model() : nullptr;
     const Baselines baselines{is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, other.get(), cached ? test_outputs(tokenized) : nullptr, versus_start ? &*start_scores_ : nullptr};
     scores = measure(*model, tokenized, evaluate_.measure, baselines, label, out);
-    if (text && !is_teacher && !comparable) out["nulls"]["kl"] = "the teacher has another tokenizer";
+    if (text && !is_teacher && !comparable) out["nulls"]["kl"] = same_tokens ? str("the model has a head of ", model->config().vocab, " rows, the teacher one of ", teacher_.config().vocab) : "the teacher has another tokenizer";
     if (evaluate_.cascade && artifact && teacher_scores_ && !text && !scores.test.labels.empty()) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
   } else {
     out["nulls"] = Json{{"accuracy", data_.has_test() ? recipe_.has_labels() ? "the model has no classifier" : "the texts have no labels" : "the recipe has no test data"}};

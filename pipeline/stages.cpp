@@ -69,7 +69,7 @@ bool asks_teacher(const Node& objective) {
 }  // namespace
 
 void plan_teacher_tokens(const PlanInput& input, const Node& objective, const PlannedModel& model, const std::string& stage) {
-  if (model.other_tokens && !input.recipe.is_classification() && asks_teacher(objective)) refuse_other_tokens(stage);
+  if (model.other_tokens && !input.recipe.has_labels() && asks_teacher(objective)) refuse_other_tokens(stage);
 }
 
 namespace {

@@ -170,7 +170,9 @@ std::unique_ptr<TokenizedData> tokenize_data(const Recipe& recipe, const LoadedD
   out->task.heldout = std::move(heldout.windows);
   out->task.calibration = std::move(calibration.windows);
   out->test_windows = std::move(test.windows);
-  out->task.hash = sha256(str(data.hash(), "\n", tokenizer.fingerprint(), "\n", out->max_length));
+  const DataSource* windows = recipe.find_data("heldout");
+  const std::int64_t heldout_length = windows ? windows->max_length : 0;
+  out->task.hash = sha256(str(data.hash(), "\n", tokenizer.fingerprint(), "\n", out->max_length, heldout_length > 0 ? str("\nheldout ", heldout_length) : std::string()));
   return out;
 }
 

@@ -9,7 +9,6 @@
 #include <cmath>
 #include <csignal>
 #include <limits>
-#include <mutex>
 #include <set>
 #include <utility>
 
@@ -46,13 +45,10 @@ namespace {
 // A step allocates and frees the same few hundred megabytes every time. glibc would give large blocks back to the kernel at
 // each free and take fresh zeroed pages at the next allocation, which costs more than the small matrix products themselves.
 void loop_keep_memory() {
-  static std::once_flag once;
-  std::call_once(once, [] {
 #ifdef __GLIBC__
-    mallopt(M_MMAP_THRESHOLD, 1 << 30);
-    mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
 #endif
-  });
 }
 
 class TrainingRun {
@@ -464,7 +460,7 @@ class TrainingRun {
   }
 
   void one_step(std::vector<TokenBatch> batches) {
-    watch_ = context_.watched && telemetry_->watches(step_ + 1);
+    watch_ = context_.watched && parallel_->leader() && telemetry_->watches(step_ + 1);
     StepRecord record = compute(batches, "train-step", step_);
     watch_ = false;  // a rank without a micro batch has measured nothing
     if (record.empty()) return telemetry_->step(record);  // the weights stay

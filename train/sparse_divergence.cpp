@@ -22,11 +22,21 @@ Tensor divergence_code_step(const Tensor& decoded, double largest) { return ((de
 
 constexpr double divergence_half_step = 1.0 / 2048;  // of a half float, relative
 
-// d of the header for kept tokens [n,k]: the codes of their distances, and the sum that fixes the likeliest one.
-Tensor divergence_kept_error(const Tensor& log_p, const Tensor& rest, const Tensor& rest_error) {
+// Whether the code of a distance is 0. That also says a distance below 0, of what would lie above the decoded value in front of it: then the
+// error there stays.
+Tensor divergence_no_distance(const Tensor& decoded, double largest) { return decoded.lt(largest / (255.0 * 255.0 * 2)); }
+
+// Of the distances of kept tokens [n,k]. Each gap is coded against the decoded sum of those before it: errors do not add up.
+Tensor divergence_own_error(const Tensor& log_p) {
   const Tensor gaps = log_p.narrow(1, 0, log_p.size(1) - 1) - log_p.narrow(1, 1, log_p.size(1) - 1);
-  // Each gap is coded against the decoded sum of those before it: errors do not add up.
   const Tensor own = at::cat({at::zeros({log_p.size(0), 1}, log_p.options()), divergence_code_step(gaps, sparse_largest_gap)}, 1);
+  const Tensor none = divergence_no_distance(gaps, sparse_largest_gap);
+  for (std::int64_t i = 1; i < own.size(1); ++i) own.select(1, i).copy_(at::where(none.select(1, i - 1), at::maximum(own.select(1, i), own.select(1, i - 1)), own.select(1, i)));
+  return own;
+}
+
+// d of the header for kept tokens: the codes of their distances, and the sum that fixes the likeliest one.
+Tensor divergence_kept_error(const Tensor& log_p, const Tensor& own, const Tensor& rest, const Tensor& rest_error) {
   const Tensor share = at::softmax(log_p, 1);
   const Tensor sum = (share * own.exp()).sum(1, true).log();
   const Tensor kept = (rest_error / (1 - rest - rest_error).clamp_min(1e-6)).unsqueeze(1);
@@ -50,7 +60,7 @@ SparseDivergence sparse_divergence(const Tensor& logits, const SparseTargets& te
   const Tensor log_rest = whole ? at::full_like(kept, -std::numeric_limits<double>::infinity()) : teacher.log_rest.to(at::kDouble);
   const Tensor rest = log_rest.exp(), rest_step = whole ? at::zeros_like(kept) : log_rest.abs() * divergence_half_step;
   const Tensor rest_error = rest * rest_step.expm1();
-  const Tensor kept_error = divergence_kept_error(log_p, rest, rest_error);
+  const Tensor own_error = divergence_own_error(log_p), kept_error = divergence_kept_error(log_p, own_error, rest, rest_error);
   const Tensor codes = (p * kept_error.expm1() * (ratio.abs() + kept_error)).sum(1);
   out.variance = at::zeros_like(kept);
   if (whole) {
@@ -74,7 +84,9 @@ SparseDivergence sparse_divergence(const Tensor& logits, const SparseTargets& te
   const Tensor log_drawn = log_rest.unsqueeze(1) + teacher.draw_log_p.to(at::kDouble);
   const Tensor halves = (log_drawn - log_q.gather(1, teacher.draws).to(at::kDouble)).view({-1, 2, drawn / 2}).mean(2);  // [n,2]
   const Tensor mean = halves.mean(1);
-  const Tensor depth_error = divergence_code_step(log_p.narrow(1, known - 1, 1) - log_drawn, sparse_largest_depth).mean(1) + kept_error.select(1, 0);
+  const Tensor depth = log_p.narrow(1, known - 1, 1) - log_drawn, depth_step = divergence_code_step(depth, sparse_largest_depth);
+  const Tensor depth_own = at::where(divergence_no_distance(depth, sparse_largest_depth), at::maximum(depth_step, own_error.narrow(1, known - 1, 1)), depth_step);
+  const Tensor depth_error = depth_own.mean(1) + kept_error.select(1, 0);
   out.kl = kept + rest * mean;
   out.variance = (rest * (halves.select(1, 0) - halves.select(1, 1)) / 2).square();
   out.code_error = rest_codes(mean, depth_error);

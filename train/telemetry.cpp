@@ -35,15 +35,24 @@ Telemetry::Telemetry(std::string title, std::int64_t steps, const Json& saved, c
   for (const auto& [name, value] : saved.at("sums").items()) sums_.emplace_back(name, value.get<double>());
   summed_ = saved.at("summed").get<std::int64_t>();
   seconds_before_ = saved.at("seconds").get<double>();
-  empty_steps_ = saved.at("empty_steps").get<std::int64_t>();
-  empty_micro_batches_ = saved.at("empty_micro_batches").get<std::int64_t>();
+  empty_steps_ = saved.value("empty_steps", std::int64_t{0});
+  empty_micro_batches_ = saved.value("empty_micro_batches", std::int64_t{0});
 }
 
 double Telemetry::seconds() const { return seconds_before_ + telemetry_since(start_); }
 
 void Telemetry::step(const StepRecord& record) {
   empty_micro_batches_ += record.empty_micro_batches, empty_steps_ += record.empty();
-  if (record.empty()) return progress_.update(record.step, note_);
+  const auto point = [&] {
+    Json parts = Json::object();
+    for (std::size_t i = 1; i < sums_.size(); ++i) parts[sums_[i].first] = sums_[i].second / static_cast<double>(summed_);
+    loss_curve_.push_back({{"step", record.step}, {"loss", sums_.front().second / static_cast<double>(summed_)}, {"learning_rate", record.learning_rate}, {"parts", parts}});
+    summed_ = 0;
+  };
+  if (record.empty()) {
+    if (summed_ > 0 && record.step == steps_) point();
+    return progress_.update(record.step, note_);
+  }
   if (summed_ == 0) {
     sums_.clear();
     sums_.emplace_back("loss", 0.0);
@@ -53,12 +62,7 @@ void Telemetry::step(const StepRecord& record) {
   for (std::size_t i = 0; i < record.parts.size() && i + 1 < sums_.size(); ++i) sums_[i + 1].second += record.parts[i].second;
   ++summed_;
   event_tokens_ += record.tokens;
-  if (record.step % curve_every_ == 0 || record.step == steps_) {
-    Json parts = Json::object();
-    for (std::size_t i = 1; i < sums_.size(); ++i) parts[sums_[i].first] = sums_[i].second / static_cast<double>(summed_);
-    loss_curve_.push_back({{"step", record.step}, {"loss", sums_.front().second / static_cast<double>(summed_)}, {"learning_rate", record.learning_rate}, {"parts", parts}});
-    summed_ = 0;
-  }
+  if (record.step % curve_every_ == 0 || record.step == steps_) point();
   if (record.step % event_every_ == 0 || record.step == steps_) {
     const double seconds = std::max(1e-9, telemetry_since(event_start_));
     Json event{{"stage", title_}, {"step", record.step}, {"loss", record.loss}, {"parts", telemetry_parts(record.parts)}, {"gradient_norm", record.gradient_norm},

@@ -113,6 +113,7 @@ TEST_CASE("texts without labels are read from tables, JSON lines and lines; what
   CHECK(contains_all(refused("  - prune: {structured: {ffn: 0.5}}\n"), {"criterion taylor", "without classes", "activation_norm"}));
   CHECK(contains_all(refused("  - distill: {student: {width: {ffn: 32}}, steps: 1}\n"), {"criterion taylor", "without classes"}));
   CHECK(contains_all(refused(short_distill, "data:\n  train: {files: [train.csv], format: sentences}\n  test: {files: [test.csv], text: text, label: category}\n"), {"data set \"test\"", "another kind", "sentences"}));
+  CHECK(contains_all(refused(short_distill, "data:\n  train: {files: [train.csv], text: text, label: category}\n  test: {files: [test.csv], format: sentences}\n"), {"data set \"test\"", "no labels", "format: classification"}));
   const Recipe allowed = sentence_recipe(tiny, short_distill);
   CHECK(predict_stages(allowed, load_data(allowed)).size() == 2);
   // A model with classes has labels to learn.

@@ -146,6 +146,36 @@ TEST_CASE("sparse divergence: with every token known only the codes are left, an
   }
 }
 
+TEST_CASE("sparse divergence: equally likely tokens share the error of the distance in front of them") {
+  // Behind the likeliest come equal tokens, at a distance that is rounded up the most: their own codes are 0, and all of them lie too low.
+  const at::NoGradGuard no_grad;
+  constexpr std::int64_t vocabulary = 50;
+  for (const std::int64_t top : {vocabulary, std::int64_t(20)}) {
+    const std::int64_t draws = top == vocabulary ? 0 : 4;
+    const double root = 118.52 / 255, gap = sparse_largest_gap * root * root, first = -std::log1p(49 * std::exp(-gap));
+    const SparseLayout layout{1, top, draws, vocabulary};
+    SparseRow row;
+    for (std::int64_t i = 0; i < top; ++i) row.ids.push_back(i), row.log_p.push_back(static_cast<float>(i == 0 ? first : first - gap));
+    for (std::int64_t i = 0; i < draws; ++i) row.draws.push_back(top + i), row.draw_log_p.push_back(static_cast<float>(-std::log(vocabulary - top)));
+    row.log_rest = {static_cast<float>(top == vocabulary ? -std::numeric_limits<double>::infinity() : first - gap + std::log(vocabulary - top))};
+    const SparseRow decoded = decode_sparse_row(encode_sparse_row(row, layout), layout, "row");
+    const auto floats = [](const std::vector<float>& values) { return at::tensor(at::ArrayRef<float>(values)).unsqueeze(0); };
+    const auto numbers = [](const std::vector<std::int64_t>& values) { return at::tensor(at::ArrayRef<std::int64_t>(values), at::kLong).unsqueeze(0); };
+    const SparseTargets targets{numbers(decoded.ids), floats(decoded.log_p), at::tensor(at::ArrayRef<float>(decoded.log_rest)), draws > 0 ? numbers(decoded.draws) : at::Tensor(), draws > 0 ? floats(decoded.draw_log_p) : at::Tensor(), vocabulary};
+    at::Tensor logits = at::full({1, vocabulary}, -70.0f);
+    logits[0][0] = 0.0f;
+    const at::Tensor log_p = at::full({vocabulary}, first - gap, at::kDouble), log_q = at::log_softmax(logits[0].to(at::kDouble), 0);
+    log_p[0] = first;
+    const double exact = (log_p.exp() * (log_p - log_q)).sum().item<double>();
+    const SparseDivergence d = sparse_divergence(logits, targets);
+    INFO("top " << top << " exact " << exact << " stated " << d.kl.item<double>() << " +- " << d.code_error.item<double>() << ", at least " << d.at_least.item<double>() << ", at most " << d.at_most.item<double>());
+    CHECK(std::abs(d.kl.item<double>() - exact) > 0.01);  // the codes do err here
+    CHECK(std::abs(d.kl.item<double>() - exact) <= d.code_error.item<double>());  // draws among equal tokens have no spread
+    CHECK(d.at_least.item<double>() <= exact);
+    CHECK(d.at_most.item<double>() >= exact);
+  }
+}
+
 TEST_CASE("sparse divergence: windows of text beside the live teacher") {
   const at::NoGradGuard no_grad;
   const auto teacher = sharp_decoder(5), student = student_of(*teacher, 0.15);
