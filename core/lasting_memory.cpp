@@ -10,10 +10,11 @@
 namespace kompakt {
 namespace {
 
-// Sizes from which a block is a mapping of its own: what glibc adapts itself to at most, and what it starts with.
 int memory_users = 0;  // ReusedMemory that live
 
-[[maybe_unused]] constexpr int memory_common = 32 << 20, memory_apart = 128 << 10;
+// Sizes from which a block is a mapping of its own: what glibc adapts itself to at most, and what it starts with.
+constexpr int memory_common = 32 << 20, memory_apart = 128 << 10;
+constexpr int memory_kept = 1 << 30;  // free bytes at the heap's end that do not go back
 
 void memory_sizes([[maybe_unused]] int apart_from, [[maybe_unused]] int kept) {
 #ifdef __GLIBC__
@@ -26,7 +27,7 @@ void memory_sizes([[maybe_unused]] int apart_from, [[maybe_unused]] int kept) {
 
 ReusedMemory::ReusedMemory() {
   ++memory_users;
-  memory_sizes(memory_common, 1 << 30);
+  memory_sizes(memory_common, memory_kept);
 }
 ReusedMemory::~ReusedMemory() {
   --memory_users;
@@ -34,10 +35,10 @@ ReusedMemory::~ReusedMemory() {
   release_free_memory();
 }
 ReusedMemory::Lasting::Lasting() {
-  if (memory_users > 0) memory_sizes(memory_apart, 1 << 30);
+  if (memory_users > 0) memory_sizes(memory_apart, memory_kept);
 }
 ReusedMemory::Lasting::~Lasting() {
-  if (memory_users > 0) memory_sizes(memory_common, 1 << 30);
+  if (memory_users > 0) memory_sizes(memory_common, memory_kept);
 }
 
 }  // namespace kompakt

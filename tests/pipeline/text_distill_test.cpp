@@ -35,6 +35,14 @@ std::string text_recipe(const std::string& distill) {
          "stages:\n  - distill: " + distill + "\n  - evaluate: {latency: false}\n";
 }
 
+// train.txt and test.txt of twelve lines each.
+void write_cat_texts(const fs::path& folder) {
+  std::string train, test;
+  for (int i = 0; i < 12; ++i) train += "the cat sat on the mat and saw the other cat " + std::to_string(i) + "\n", test += "a cat that sat there saw the hat " + std::to_string(i * 7) + "\n";
+  write_text(folder / "train.txt", train);
+  write_text(folder / "test.txt", test);
+}
+
 }  // namespace
 
 TEST_CASE("runs of text: a student with another tokenizer, a student that writes, the teacher's texts") {
@@ -42,10 +50,7 @@ TEST_CASE("runs of text: a student with another tokenizer, a student that writes
   const auto path = [&](const char* name) { return folder.path() / name; };
   write_text_model(path("teacher"), *word_tokenizer(), 3, 1);
   write_text_model(path("other"), *other_tokenizer(), 2, 2);
-  std::string train, test;
-  for (int i = 0; i < 12; ++i) train += "the cat sat on the mat and saw the other cat " + std::to_string(i) + "\n", test += "a cat that sat there saw the hat " + std::to_string(i * 7) + "\n";
-  write_text(path("train.txt"), train);
-  write_text(path("test.txt"), test);
+  write_cat_texts(folder.path());
   const std::string steps = "steps: 3, batch_size: 2, sequence_length: 24, precision: float32";
   const auto run = [&](const std::string& distill, const char* out) {
     write_text(path("recipe.yaml"), text_recipe(distill));
@@ -81,10 +86,7 @@ TEST_CASE("a student that starts from random weights; mistakes that only the sha
   const TemporaryFolder folder;
   const auto path = [&](const char* name) { return folder.path() / name; };
   write_text_model(path("teacher"), *word_tokenizer(), 3, 1);
-  std::string train, test;
-  for (int i = 0; i < 12; ++i) train += "the cat sat on the mat and saw the other cat " + std::to_string(i) + "\n", test += "a cat that sat there saw the hat " + std::to_string(i * 7) + "\n";
-  write_text(path("train.txt"), train);
-  write_text(path("test.txt"), test);
+  write_cat_texts(folder.path());
   Json shape = read_json(path("teacher") / "config.json");
   shape["num_hidden_layers"] = 2, shape["hidden_size"] = 24, shape["intermediate_size"] = 40, shape["num_attention_heads"] = 3, shape["head_dim"] = 8;
   write_text(path("small.json"), shape.dump());
@@ -124,10 +126,7 @@ TEST_CASE("a run whose cache is full does without the teacher's weights, in trai
   const TemporaryFolder folder;
   const auto path = [&](const char* name) { return folder.path() / name; };
   write_text_model(path("teacher"), *word_tokenizer(), 3, 1);
-  std::string train, test;
-  for (int i = 0; i < 12; ++i) train += "the cat sat on the mat and saw the other cat " + std::to_string(i) + "\n", test += "a cat that sat there saw the hat " + std::to_string(i * 7) + "\n";
-  write_text(path("train.txt"), train);
-  write_text(path("test.txt"), test);
+  write_cat_texts(folder.path());
   Json shape = read_json(path("teacher") / "config.json");
   shape["num_hidden_layers"] = 2;
   write_text(path("small.json"), shape.dump());
