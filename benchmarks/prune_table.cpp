@@ -6,6 +6,7 @@
 //   table=weights|shapes|both      weights: also with 4 bits a weight, pruned in the same sweep ("joint") or before it ("apart")
 //   tokens=65536 (calibration)   test=20480   length=512
 //   true_sequential=1 (0: single weights in the order of the authors' scripts)
+//   precision=float32|bf16|auto (of passes over calibration text and of moments, for single weights)
 //   ffn=0.75 layers=5 multiple=32  only=TEXT (rows whose name holds it), or exactly these: only==NAME,NAME
 //   device=cpu|cuda (there the seconds are wall time)
 #include <ATen/ATen.h>
@@ -107,7 +108,7 @@ std::vector<TableRow> shape_rows(double ffn, std::int64_t layers) {
 
 int main(int argc, char** argv) try {
   if (argc < 4) throw Error("model, calibration text and test text are needed").allowed("prune_table MODEL CALIBRATION.txt TEST.txt [key=value ...]");
-  std::map<std::string, std::string> keys = {{"table", "both"}, {"tokens", "65536"}, {"test", "20480"}, {"length", "512"}, {"ffn", "0.75"}, {"layers", "5"}, {"multiple", "32"}, {"only", ""}, {"true_sequential", "1"}, {"device", "cpu"}};
+  std::map<std::string, std::string> keys = {{"table", "both"}, {"tokens", "65536"}, {"test", "20480"}, {"length", "512"}, {"ffn", "0.75"}, {"layers", "5"}, {"multiple", "32"}, {"only", ""}, {"true_sequential", "1"}, {"precision", "float32"}, {"device", "cpu"}};
   for (int i = 4; i < argc; ++i) {
     const std::string text = argv[i];
     const auto at = text.find('=');
@@ -141,6 +142,7 @@ int main(int argc, char** argv) try {
     row.options.samples = static_cast<std::int64_t>(data.calibration.size());
     row.options.multiple_of = number("multiple");
     row.options.unstructured.true_sequential = number("true_sequential") != 0;
+    row.options.unstructured.calibration_precision = row.quantize.calibration_precision = keys.at("precision");
     const auto model = teacher->clone();
     const auto clock = [&] { return device.is_cpu() ? cpu_seconds() : std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
     const double start = clock();

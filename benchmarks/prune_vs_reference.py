@@ -30,6 +30,7 @@ parser.add_argument("--windows", type=int, default=40)
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--only", default="")
 parser.add_argument("--patterns", default="50%,2:4")
+parser.add_argument("--precision", default="float32", choices=("float32", "bf16", "auto"), help="of kompakt's passes over calibration text and of moments; the reference computes in float32")
 parser.add_argument("--bits", type=int, default=0, choices=(0, 4))
 o = parser.parse_args()
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(o.threads)
@@ -134,7 +135,7 @@ def prune(model, calibration, method, pattern):
 def ours():
     """Rows of prune_table: name -> (perplexity, CPU seconds)."""
     names = [f"{method} {pattern}{SUFFIX}" for method in methods for pattern in o.patterns.split(",")]
-    out = subprocess.run([o.table, o.teacher, o.calibration, o.test, "table=weights", "true_sequential=0", f"tokens={o.tokens}", f"test={o.windows * WINDOW}", "only==" + ",".join(names)],
+    out = subprocess.run([o.table, o.teacher, o.calibration, o.test, "table=weights", "true_sequential=0", f"precision={o.precision}", f"tokens={o.tokens}", f"test={o.windows * WINDOW}", "only==" + ",".join(names)],
                          check=True, capture_output=True, text=True).stdout
     rows = {}
     for line in out.splitlines():

@@ -112,6 +112,7 @@ RIVALS = {
 }
 OURS = {
     "kompakt gptq int4 g64": "{weights: int4, group: 64, method: gptq, embedding: none}",
+    "kompakt gptq int4 g64 (bf16 passes)": "{weights: int4, group: 64, method: gptq, embedding: none, calibration_precision: bf16}",  # gptqmodel's own choice on a CPU
     "kompakt gptq int4_asym g64": "{weights: int4_asym, group: 64, method: gptq, embedding: none}",
     "kompakt gptq int4 g64, int8 embedding": "{weights: int4, group: 64, method: gptq, embedding: int8}",
     "kompakt trifit int4 g64, int8 embedding": "{weights: int4, group: 64, method: trifit, embedding: int8}",

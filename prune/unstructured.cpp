@@ -14,6 +14,7 @@
 #include "core/text.h"
 #include "model/paged.h"
 #include "model/parallel.h"
+#include "train/precision.h"
 
 namespace kompakt {
 
@@ -83,6 +84,7 @@ class UnstructuredRun {
   void walk(const CalibrationSet& set) {
     CalibrationOptions options;
     options.squares_only = needs_ == InputStatistics::squares;
+    options.bf16 = use_bf16(options_.calibration_precision, model_.device());
     SequentialCalibration calibration(model_, set, options);
     calibration.start();
     const auto blocks = static_cast<std::int64_t>(model_.blocks.size());
@@ -175,6 +177,7 @@ void fields(FieldVisitor& visitor, UnstructuredOptions& options) {
   visitor.number("damping", options.damping, "sparsegpt and refit: share of the mean input energy added to every input's", {.min = 0.0, .max = 1.0});
   visitor.integer("block", options.block, "sparsegpt: columns whose places are chosen together", {.min = 1.0});
   visitor.flag("true_sequential", options.true_sequential, "inputs of a matrix come through the pruned matrices of its own block too, as in kompakt's other methods; false: as the authors of Wanda and SparseGPT do");
+  calibration_precision_field(visitor, options.calibration_precision);
   visitor.texts("skip", options.skip, "patterns of linears that stay dense (* = anything)");
 }
 

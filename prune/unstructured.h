@@ -21,6 +21,7 @@ struct UnstructuredOptions : SparsityOptions {  // sparsity: of every row, spars
   std::string refit = "none";       // none | exact
   double damping = 0.01;
   std::int64_t block = 128;
+  std::string calibration_precision = "float32";  // of passes over calibration text and of products of moments (train/calibration.h)
   bool true_sequential = true;      // inputs of a matrix behind the pruned matrices of its own block; false: behind those of earlier blocks
 };
 void fields(FieldVisitor& visitor, UnstructuredOptions& options);

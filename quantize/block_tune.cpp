@@ -15,6 +15,7 @@
 #include "model/parallel.h"
 #include "quantize/code_price.h"
 #include "quantize/latent.h"
+#include "train/precision.h"
 
 namespace kompakt {
 namespace {
@@ -146,8 +147,13 @@ class BlockTuner {
     return out;
   }
 
-  at::Tensor square_error(const Piece& piece) const {
-    at::Tensor error = model_.block_forward(layer_, piece.x, piece.input) - piece.target;
+  at::Tensor square_error(const Piece& piece, bool bf16) const {
+    at::Tensor output;
+    {
+      const AutocastGuard autocast(model_.device(), bf16);
+      output = model_.block_forward(layer_, piece.x, piece.input);
+    }
+    at::Tensor error = output - piece.target;
     error = activations_.metric.defined() ? error * at::matmul(error, activations_.metric) : error.square();
     return (piece.weight.defined() ? error * piece.weight : error).sum();
   }
@@ -183,7 +189,7 @@ class BlockTuner {
       std::vector<double> errors(some.size());
       tune_each(model_.device(), some.size(), [&](std::size_t i) {
         at::NoGradGuard no_grad;
-        errors[i] = square_error(some[i]).item<double>();
+        errors[i] = square_error(some[i], false).item<double>();
       });
       error += std::accumulate(errors.begin(), errors.end(), 0.0);
       for (const Piece& piece : some) values += piece.values;
@@ -204,7 +210,7 @@ class BlockTuner {
     std::vector<std::vector<at::Tensor>> gradients(some.size());
     tune_each(model_.device(), some.size(), [&](std::size_t i) {
       const at::AutoGradMode gradient(true);
-      gradients[i] = torch::autograd::grad({square_error(some[i]) / std::max(1.0, values)}, weights);
+      gradients[i] = torch::autograd::grad({square_error(some[i], activations_.bf16) / std::max(1.0, values)}, weights);
     });
     const double start = options_.learning_rate > 0 ? options_.learning_rate : 1.0 / static_cast<double>(options_.iterations);
     const double rate = start * (1.0 - static_cast<double>(iteration) / static_cast<double>(options_.iterations));

@@ -5,6 +5,7 @@
 
 #include "quantize/methods.h"
 #include "quantize/token_weights.h"
+#include "train/precision.h"
 
 namespace kompakt {
 namespace {
@@ -59,7 +60,9 @@ QuantizeCost predict_quantize_cost(const ModelConfig& config, const QuantizeOpti
   const double streams = options.spill ? 0 : follows ? 2 : 1;
   double bytes = process_bytes + 4 * weights + weights;                                    // model, codes
   if (options.basis.basis != "none") bytes += 4 * weights;                                 // the model before the change beside it
-  bytes += 4 * tokens * streams * (2 * d + std::max(f, q));                                // residual stream before and inside the block, the widest inner state
+  const bool bf16 = use_bf16(options.calibration_precision, c10::Device(c10::kCPU));
+  bytes += tokens * streams * (4 * 2 * d + (bf16 ? 2 : 4) * std::max(f, q));               // residual stream before and inside the block, the widest inner state
+  if (bf16) bytes += 2 * block * (weighs ? layers : 1);                                    // weights as they are multiplied
   if (weighs) bytes += 4 * tokens * layers * (3 + gates + 2);                              // a number a token and matrix
   if (options.tunes_blocks()) bytes += 6 * 4 * block + (options.block_tune.fisher > 0 ? layers * d * d * 4 : 0);
   cost.memory_bytes = static_cast<std::int64_t>(bytes);

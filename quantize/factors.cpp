@@ -5,6 +5,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "core/error.h"
@@ -38,7 +39,7 @@ void factor_input(const LayerInput& input, std::int64_t group, const LayerOption
   const std::int64_t columns = input.weight.size(1);
   TORCH_CHECK(input.hessian.defined() && input.hessian.dim() == 2 && input.hessian.size(0) == columns && input.hessian.size(1) == columns, "gptq needs a [K,K] Hessian");
   at::Tensor hessian = input.hessian.detach().to(at::kCPU, options.float64 ? at::kDouble : at::kFloat).clone();
-  if (!hessian.isfinite().all().item<bool>()) throw Error("the calibration inputs of a layer are not finite").hint("an activation has overflowed: check the model on the calibration data");
+  if (!std::isfinite(hessian.sum(at::kDouble).item<double>())) throw Error("the calibration inputs of a layer are not finite").hint("an activation has overflowed: check the model on the calibration data");
   factors.dead = hessian.diagonal().le(0);
   factors.dead_count = factors.dead.sum().item<std::int64_t>();
   if (factors.dead_count > 0) hessian.diagonal().masked_fill_(factors.dead, 1);

@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/text.h"
 #include "model/parallel.h"
+#include "model/products.h"
 #include "quantize/code_rule.h"
 #include "quantize/entropy_steps.h"
 #include "quantize/factors.h"
@@ -86,7 +87,8 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const S
   const CodeRule rule(grid);
   const auto blocks = gptq_blocks(order, block_width);
   // Chunks of rows run through the whole sweep alone, products included: the split, and so every bit, is independent of threads.
-  constexpr std::int64_t chunk = 64;
+  // A block takes what all errors in front of it make of its weights in one product, when its turn comes.
+  constexpr std::int64_t chunk = 96;
   at::parallel_for(0, (rows + chunk - 1) / chunk, 1, [&](std::int64_t chunk_begin, std::int64_t chunk_end) {
     at::NoGradGuard no_grad;  // a worker thread has its own mode
     FitScratch scratch;
@@ -96,15 +98,22 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const S
       const std::int64_t row_begin = c * chunk, row_end = std::min(rows, row_begin + chunk);
       at::Tensor part = work.slice(0, row_begin, row_end);
       Real* w = part.data_ptr<Real>();
+      at::Tensor errors = u ? at::empty({row_end - row_begin, columns}, type) : at::Tensor();  // their negatives, e_j / U_jj
+      Real* error = u ? errors.data_ptr<Real>() : nullptr;
       std::size_t next_group = 0;
+      std::int64_t known = 0;  // the first error that the block's weights do not hold yet
       for (const auto& [from, to] : blocks) {
-        const std::int64_t width = to - from;
-        at::Tensor errors = at::empty({row_end - row_begin, width}, type);
-        Real* error = errors.data_ptr<Real>();
+        const bool begins = next_group < order.group.size() && order.begin[next_group] == from;
+        if (begins) known = 0;
+        if (u && from > known) {  // a group that goes on behind the block is fitted as a whole, and so made up for as a whole
+          const std::int64_t end = begins ? std::max(to, order.begin[next_group + 1]) : to;
+          at::Tensor block = part.slice(1, from, end);
+          matrix_product(block, errors.slice(1, known, from), upper.slice(0, known, from).slice(1, from, end), /*add=*/true);
+        }
+        if (begins) known = from;
         if (sparsity && !sparsity->grouped()) choose_share(w, diag, row_end - row_begin, columns, from, to, sparsity->sparsity, gone + row_begin * columns);
         for (std::int64_t r = row_begin; r < row_end; ++r) {
           Real* row = w + (r - row_begin) * columns;
-          Real* row_error = error + (r - row_begin) * width;
           std::uint8_t* row_gone = gone ? gone + r * columns : nullptr;
           std::size_t g = next_group;
           GroupScale s;
@@ -151,13 +160,13 @@ LayerResult gptq_sweep(const at::Tensor& weight, const at::Tensor& mask, const S
             const float code = rule.nearest(row_gone && row_gone[j] ? 0.0f : static_cast<float>(row[j]), inverse, s.offset);
             codes[r * columns + order.column[static_cast<std::size_t>(j)]] = static_cast<std::int8_t>(static_cast<int>(code));
             const Real e = (row[j] - static_cast<Real>(grid::decode_value(rule.value(code), s.scale, s.offset))) / diag[j];
-            row_error[j - from] = e;
             row_loss[r] += static_cast<double>(e) * e;
-            if (u) gptq_subtract(row + j + 1, u + j * columns + j + 1, e, to - j - 1);
+            if (!u) continue;
+            error[(r - row_begin) * columns + j] = -e;
+            gptq_subtract(row + j + 1, u + j * columns + j + 1, e, to - j - 1);
           }
         }
         while (next_group < order.group.size() && order.begin[next_group] < to) ++next_group;
-        if (u && to < columns) part.slice(1, to).sub_(at::matmul(errors, upper.slice(0, from, to).slice(1, to)));
       }
     }
   });

@@ -71,6 +71,7 @@ void fields(FieldVisitor& visitor, QuantizeOptions& options) {
   visitor.section("kv_cache", options.has_kv_cache, "keys and values are rounded, with calibrated scales per layer", [&](FieldVisitor& inner) { fields(inner, options.kv_cache); });
   visitor.choice("others", options.others, "type of tensors without a grid", {"f32", "f16"});
   visitor.choice("sweep_precision", options.sweep_precision, "number type of the inputs' second moments, of factorization and sweep", {"float32", "float64"});
+  calibration_precision_field(visitor, options.calibration_precision);
   visitor.flag("calibrate_head", options.calibrate_head, "decoders: the output matrix over the vocabulary, a tied embedding included, is chosen by its inputs like a linear of a block; false = it is rounded");
   visitor.flag("bias_correction", options.bias_correction, "where a layer has a bias, codes are chosen for the covariance of its inputs and the bias takes the mean error");
   visitor.flag("spill", options.spill, "keep the activations of the calibration set on disk: less memory, a little slower");
@@ -155,6 +156,12 @@ void check_method_keys(const ModelConfig& config, const QuantizeOptions& options
   }
   if (options.tunes_blocks() && options.block_tune.fisher > 0 && options.token_weights == "uniform")
     problems.add(Error("the metric of a block's output is made from the gradients that weigh tokens").at("quantize.block_tune.fisher").given("token_weights: uniform").allowed("token_weights: gradient_norm or fisher").hint("set token_weights, or leave fisher out"));
+  if (options.calibration_precision != "float32") {
+    if (method && !method->needs_calibration)
+      problems.add(Error(str("method ", method->name, " makes no pass over calibration text")).at("quantize.calibration_precision").given(str("method: ", options.method)).allowed("method: gptq, trifit or imatrix").hint("leave the key out"));
+    if (options.sweep_precision == "float64")
+      problems.add(Error("moments of float64 are not made from inputs rounded to bfloat16").at("quantize.calibration_precision").given(str(options.calibration_precision, " with sweep_precision: float64")).allowed("float32").hint("leave one of the two out"));
+  }
   if (options.method != "imatrix") return;
   const QuantizeOptions plain;
   const struct { const char* key; bool set; } unused[] = {{"damping", options.damping != plain.damping}, {"act_order", options.act_order != plain.act_order}, {"teacher_target", options.teacher_target != plain.teacher_target}, {"polish_rounds", options.polish_rounds != plain.polish_rounds}};

@@ -11,6 +11,7 @@
 #include "core/system.h"
 #include "model/families.h"
 #include "quantize/tensors.h"
+#include "train/precision.h"
 
 namespace kompakt {
 namespace {
@@ -85,6 +86,7 @@ class SensitivityPass {
     states_.resize(model_.blocks.size() + 1);
     for (std::size_t b = 0; b < set_.inputs.size(); ++b) {
       check_interrupted();
+      const AutocastGuard autocast(model_.device(), request_.bf16);
       at::Tensor x = model_.embed(set_.inputs[b]);
       for (std::size_t layer = 0; layer < model_.blocks.size(); ++layer) {
         states_[layer].push_back(x);
@@ -185,10 +187,12 @@ class SensitivityPass {
       check_interrupted();
       const at::Tensor part = weight.slice(0, row, row + sensitivity_vocabulary_rows);
       at::Tensor gradient = at::exp(at::matmul(hidden, part.t()) - normalizer.to(at::kFloat).unsqueeze(1));
-      const at::Tensor running = gradient.cumsum(1, at::kDouble).add_(below.unsqueeze(1)), end = running.select(1, -1);
-      const at::Tensor here = below.le(u).logical_and(end.gt(u)), label = running.le(u.unsqueeze(1)).sum(1).clamp_max(part.size(0) - 1);
-      gradient.scatter_add_(1, label.unsqueeze(1), -here.to(at::kFloat).unsqueeze(1));
-      below = end.clone();
+      // Running sums of those tokens alone whose label lies in these rows.
+      const at::Tensor end = below + gradient.sum(1, false, at::kDouble), here = below.le(u).logical_and(end.gt(u)).nonzero().squeeze(1);
+      const at::Tensor running = gradient.index_select(0, here).cumsum(1, at::kDouble).add_(below.index_select(0, here).unsqueeze(1));
+      const at::Tensor label = running.le(u.index_select(0, here).unsqueeze(1)).sum(1).clamp_max(part.size(0) - 1);
+      gradient.index_put_({here, label}, at::full({}, -1.0f, gradient.options()), /*accumulate=*/true);
+      below = end;
       back.add_(at::matmul(gradient, part));
       for (std::size_t f = 0; f < products.size(); ++f) {
         const at::Tensor error = request_.error(part, (*formats)[f], {});
@@ -272,7 +276,12 @@ class SensitivityPass {
       check_interrupted();
       const at::Tensor x = states_[static_cast<std::size_t>(layer)][b].detach().requires_grad_(true);
       SensitivityTaps taps(linears);
-      model_.block_forward(layer, x, set_.inputs[b], &taps).backward(gradients_[b]);
+      at::Tensor y;
+      {
+        const AutocastGuard autocast(model_.device(), request_.bf16);
+        y = model_.block_forward(layer, x, set_.inputs[b], &taps);
+      }
+      y.backward(gradients_[b]);
       gradients_[b] = x.grad();
       for (std::size_t i = 0; i < linears.size(); ++i) {
         inputs[i].push_back(real(taps.input(*linears[i]), b));

@@ -32,6 +32,7 @@
 #include "quantize/token_weights.h"
 #include "train/calibration.h"
 #include "train/loop.h"
+#include "train/precision.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -160,7 +161,7 @@ class QuantizeRun {
     if (const TokenWeightRow& row = *find_token_weights(options_.token_weights); row.exponent > 0) weigh_tokens(set, row);
     const std::vector<Linear*> linears = model_.linears();
     const bool means = options_.bias_correction && std::any_of(linears.begin(), linears.end(), [](const Linear* linear) { return linear->bias.defined(); });
-    SequentialCalibration calibration(model_, set, {.teacher = layer_options_.teacher_target > 0 || options_.tunes_blocks(), .cross = layer_options_.teacher_target > 0, .means = means, .float64 = layer_options_.float64, .spill = options_.spill ? context_.work : std::filesystem::path()});
+    SequentialCalibration calibration(model_, set, {.teacher = layer_options_.teacher_target > 0 || options_.tunes_blocks(), .cross = layer_options_.teacher_target > 0, .means = means, .float64 = layer_options_.float64, .spill = options_.spill ? context_.work : std::filesystem::path(), .bf16 = bf16()});
     round_tensors(false);
     calibration.start();
     release_pages(model_);
@@ -249,11 +250,13 @@ class QuantizeRun {
 
   void weigh_tokens(const CalibrationSet& set, const TokenWeightRow& row) {
     const auto start = std::chrono::steady_clock::now();
-    token_weights_ = kept_token_weights(model_, set, row, context_, options_.tunes_blocks() && options_.block_tune.fisher > 0 ? &output_metrics_ : nullptr);
+    token_weights_ = kept_token_weights(model_, set, row, context_, options_.tunes_blocks() && options_.block_tune.fisher > 0 ? &output_metrics_ : nullptr, bf16());
     double least = static_cast<double>(set.tokens);
     for (const auto& [name, weights] : token_weights_) least = std::min(least, effective_tokens(weights));
     if (context_.details) (*context_.details)["calibration"]["token_weights"] = Json{{"by", options_.token_weights}, {"least_effective_tokens", least}, {"seconds", seconds_since(start)}};
   }
+
+  bool bf16() const { return use_bf16(options_.calibration_precision, model_.device()); }
 
   // What the blocks' results depend on beside the model, which the work folder stands for.
   Json identity(const CalibrationSet& set) const {
@@ -320,7 +323,7 @@ class QuantizeRun {
       const at::Tensor& moment = output_metrics_[static_cast<std::size_t>(layer)];
       metric = moment * options_.block_tune.fisher + at::eye(moment.size(0), moment.options()) * (1 - options_.block_tune.fisher);
     }
-    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }, token_weights_.empty() || last.empty() ? nullptr : &token_weights_.at(last.back()->name), metric};
+    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }, token_weights_.empty() || last.empty() ? nullptr : &token_weights_.at(last.back()->name), metric, bf16()};
     std::map<std::string, at::Tensor> places;  // where the weights lie
     for (std::size_t i = first_row; i < layers_.size(); ++i) {
       const std::string name = layers_[i].at("layer");

@@ -73,6 +73,7 @@ struct QuantizeOptions {
   std::int64_t calibration_sequences = 128;
   std::string token_weights = "uniform";    // row of the table of token weights (quantize/token_weights.h)
   std::string sweep_precision = "float32";  // of moments, factorization and sweep: float32 | float64
+  std::string calibration_precision = "float32";  // of passes over calibration text and of products of moments (train/calibration.h)
   bool calibrate_head = true;               // the output matrix by its inputs, behind the last block
   bool bias_correction = true;              // a bias takes the mean error of its layer's outputs
   bool spill = false;                       // activations of the calibration set in the working folder instead of in memory

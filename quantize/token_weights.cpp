@@ -14,6 +14,7 @@
 #include "core/text.h"
 #include "quantize/sensitivity.h"
 #include "train/measurement.h"
+#include "train/precision.h"
 #include "train/state.h"
 
 namespace kompakt {
@@ -62,8 +63,9 @@ std::vector<std::string> token_weight_names() {
   return names;
 }
 
-TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics) {
+TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics, bool bf16) {
   model.requires_grad(false);
+  const RoundedWeights rounded(bf16 ? model.linears() : std::vector<Linear*>());
   // Made before everything else: small results left between large activations would keep the allocator from using their places again.
   std::map<std::string, at::Tensor> squares;
   for (const Linear* linear : model.linears()) squares[linear->name] = at::zeros({set.tokens}, at::TensorOptions().device(model.device()));
@@ -80,9 +82,10 @@ TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const 
     one.sequences = set.inputs[b].ids.size(0), one.tokens = batch_tokens(set, b);
     SensitivityRequest request;
     request.seed = CounterRandom(seed, str("token-weights/", b)).key();
+    request.bf16 = bf16;
     request.visit = [&](const Linear& linear, const std::vector<at::Tensor>&, const std::vector<at::Tensor>& gradients) {
       const at::NoGradGuard no_grad;
-      squares.at(linear.name).narrow(0, first[b], one.tokens).copy_(gradients.front().square().mean(1));
+      squares.at(linear.name).narrow(0, first[b], one.tokens).copy_(gradients.front().to(at::kFloat).square().mean(1));
     };
     if (sums)
       request.visit_block = [&](std::int64_t layer, const std::vector<at::Tensor>& gradients) {
@@ -112,10 +115,11 @@ TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const 
   return out;
 }
 
-TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, OutputMetrics* metrics) {
+TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, OutputMetrics* metrics, bool bf16) {
   std::vector<std::int64_t> batches;  // labels are drawn batch by batch
   for (const ModelInput& input : set.inputs) batches.push_back(input.ids.size(0));
-  const Json depends{{"by", row.name}, {"calibration", set.hash}, {"batches", batches}, {"metrics", metrics != nullptr}};
+  Json depends{{"by", row.name}, {"calibration", set.hash}, {"batches", batches}, {"metrics", metrics != nullptr}};
+  if (bf16) depends["precision"] = "bf16";
   const std::filesystem::path file = measurement_file(context, model, "token-weights/1", depends, ".safetensors");
   const auto metric_name = [](std::size_t layer) { return str("block.", layer, ".metric"); };
   TokenWeights weights;
@@ -131,7 +135,7 @@ TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, c
   });
   if (known) return weights;
   log_info(str(context.title, ": weighs ", set.tokens, " calibration tokens by one backward pass"));
-  weights = token_weights(model, set, row, context.seed, metrics);
+  weights = token_weights(model, set, row, context.seed, metrics, bf16);
   if (!file.empty()) {
     NamedTensors values;
     for (const auto& [name, parts] : weights) values.emplace_back(name, at::cat(parts));

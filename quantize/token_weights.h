@@ -36,12 +36,12 @@ using OutputMetrics = std::vector<at::Tensor>;
 
 // For labels drawn from the model's own predictions. One forward and one backward pass through every block, batches beside each
 // other; memory: tokens of a batch x hidden x layers floats a thread. The same bits for any number of threads. `model` holds its
-// float weights; a decoder or a classifier. Error where a gradient is not finite. `metrics`, where given, are made by the same pass: five
+// float weights; a decoder or a classifier. `bf16`: passes through the blocks under autocast, with 2 bytes a weight more. Error where a gradient is not finite. `metrics`, where given, are made by the same pass: five
 // times their memory while it runs, and at most four batches beside each other.
-TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics = nullptr);
+TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics = nullptr, bool bf16 = false);
 
 // The same, kept for runs that go on or have other options (train/measurement.h). 4 bytes a token and linear on disk.
-TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, OutputMetrics* metrics = nullptr);
+TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, OutputMetrics* metrics = nullptr, bool bf16 = false);
 
 // Tokens that would have the same sampling error with equal weights: (sum w)^2 / sum w^2.
 double effective_tokens(const std::vector<at::Tensor>& weights);

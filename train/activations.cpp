@@ -64,7 +64,7 @@ void Activations::resize(std::size_t batches) {
 }
 
 void Activations::put(std::size_t batch, const at::Tensor& value) {
-  if (!file_ || !value.device().is_cpu() || value.scalar_type() != at::kFloat) {
+  if (!file_ || !value.device().is_cpu() || (value.scalar_type() != at::kFloat && value.scalar_type() != at::kBFloat16)) {
     values_[batch] = value;
     return;
   }
@@ -82,7 +82,7 @@ void Activations::put(std::size_t batch, const at::Tensor& value) {
 at::Tensor Activations::get(std::size_t batch) const {
   const at::Tensor& value = values_[batch];
   if (!value.defined() || !value.is_meta()) return value;
-  at::Tensor out = at::empty(value.sizes(), at::kFloat);
+  at::Tensor out = at::empty(value.sizes(), value.scalar_type());
   file_->transfer(file_->slots[batch], static_cast<char*>(out.mutable_data_ptr()), ::pread, "read activations");
   return out;
 }

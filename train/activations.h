@@ -20,7 +20,7 @@ class Activations {
 
   void resize(std::size_t batches);  // keeps what is there
   std::size_t size() const { return values_.size(); }
-  // From several threads for different batches. A tensor of float32 on the CPU goes to the file, others stay in memory.
+  // From several threads for different batches. A tensor of float32 or bfloat16 on the CPU goes to the file, others stay in memory.
   void put(std::size_t batch, const at::Tensor& value);
   at::Tensor get(std::size_t batch) const;  // undefined when there is none
   void drop(std::size_t batch);             // its room in the file is kept for the next value of the same size

@@ -15,6 +15,7 @@
 #include "core/text.h"
 #include "model/gram_product.h"
 #include "model/parallel.h"
+#include "train/precision.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -27,8 +28,6 @@ std::int64_t hessian_batch_tokens(c10::Device device) { return device.is_cpu() ?
 
 // A divisor: of tokens that all count nothing the sums are zero.
 double positive(double weight) { return std::max(weight, std::numeric_limits<double>::min()); }
-
-at::Tensor hessian_mirrored(const at::Tensor& upper) { return upper.triu() + upper.triu(1).t(); }
 
 void hessian_add(CalibrationSet& set, const TokenBatch& batch, Sha256& hash, c10::Device device) {
   const ModelInput input = to_input(batch, device);
@@ -127,6 +126,10 @@ std::vector<Linear*> part_linears(Block& block, BlockPart part) {
   return present;
 }
 
+void calibration_precision_field(FieldVisitor& visitor, std::string& precision) {
+  visitor.choice("calibration_precision", precision, "of the products of passes over calibration text and of the inputs' second moments; sums, residual stream and scores are float32. auto = bf16 where the hardware multiplies it faster", precision_names());
+}
+
 void subtract_means(SecondMoments& moments) {
   const auto subtract = [](at::Tensor& second, const at::Tensor& a, const at::Tensor& b) {
     if (second.defined()) second = (second.to(at::kDouble) - at::outer(a, b)).to(second.scalar_type());
@@ -175,7 +178,9 @@ void SequentialCalibration::compute(Stream& stream, std::int64_t layer, int part
   at::NoGradGuard no_grad;
   for (; stream.done < parts; ++stream.done) {
     for (Activations* values : {&stream.context, &stream.h, &stream.inner}) values->resize(set_.inputs.size());
+    const RoundedWeights rounded(options_.bf16 ? part_linears(model_.blocks[static_cast<std::size_t>(layer)], block_parts[static_cast<std::size_t>(stream.done)]) : std::vector<Linear*>());
     for_each_batch(model_.device(), set_.inputs.size(), [&](std::size_t b) {
+      const AutocastGuard autocast(model_.device(), options_.bf16);
       switch (stream.done) {
         case 0: stream.context.put(b, model_.attention_context(layer, model_.attention_input(layer, stream.x.get(b)), set_.inputs[b])); break;
         case 1: stream.h.put(b, model_.after_attention(layer, stream.x.get(b), stream.context.get(b))), stream.context.drop(b); break;
@@ -208,7 +213,8 @@ at::Tensor SequentialCalibration::part_input(const Stream& stream, std::int64_t 
     case BlockPart::feed_forward: x = model_.mlp_input(layer, stream.h.get(batch)); break;
     case BlockPart::down: x = stream.inner.get(batch); break;
   }
-  const at::Tensor flat = x.reshape({-1, x.size(-1)}).to(options_.float64 ? at::kDouble : at::kFloat);
+  at::Tensor flat = x.reshape({-1, x.size(-1)});
+  if (!options_.bf16) flat = flat.to(options_.float64 ? at::kDouble : at::kFloat);
   return set_.valid[batch].defined() ? flat.index_select(0, set_.valid[batch]) : flat;
 }
 
@@ -247,7 +253,7 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
       SecondMoments& out = moments[k];
       Rows weight;  // [tokens,1] each
       if (weights[k])
-        for (std::size_t i = 0; i < x.size(); ++i) weight.push_back((*weights[k])[first + i].to(x[i].options()).unsqueeze(1));
+        for (std::size_t i = 0; i < x.size(); ++i) weight.push_back((*weights[k])[first + i].to(x[i].options().dtype(options_.float64 ? at::kDouble : at::kFloat)).unsqueeze(1));
       const auto weighted = [&](const Rows& rows) {
         Rows product = rows;
         for (std::size_t i = 0; i < weight.size(); ++i) product[i] = rows[i] * weight[i];
@@ -259,7 +265,7 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
       out.tokens += count;
       if (options_.squares_only) {
         for (std::size_t i = 0; i < x.size(); ++i) {
-          const at::Tensor square = x[i].square(), sum = (weight.empty() ? square : square * weight[i]).sum(0, false, at::kDouble);
+          const at::Tensor square = x[i].to(options_.float64 ? at::kDouble : at::kFloat).square(), sum = (weight.empty() ? square : square * weight[i]).sum(0, false, at::kDouble);
           out.square = out.square.defined() ? out.square + sum : sum;
         }
         continue;
@@ -270,14 +276,15 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
         if (!value.defined()) value = at::zeros({rows[0].size(1)}, rows[0].options().dtype(at::kDouble));
         for (const at::Tensor& some : rows) value += some.sum(0, false, at::kDouble);
       };
-      add_gram(out.hessian, left, x, true);
+      const auto add = options_.bf16 ? add_gram_bf16 : add_gram;
+      add(out.hessian, left, x, true);
       if (options_.means) sum(out.mean, left);
       if (cross) {
-        add_gram(out.cross, teacher, left, false);
+        add(out.cross, teacher, left, false);
         if (options_.means) sum(out.teacher_mean, weighted(teacher));
       }
       if (!out.half.defined() && seen >= half && end < batches) {
-        out.half = hessian_mirrored(out.hessian).div_(positive(whole)), out.half_tokens = seen, out.half_share = whole;
+        out.half = mirrored(out.hessian, 1 / positive(whole)), out.half_tokens = seen, out.half_share = whole;
         if (options_.means) out.half_mean = out.mean / positive(whole);
       }
     }
@@ -289,7 +296,7 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
     out.half_share = out.half_share / whole;
     for (at::Tensor* value : {&out.square, &out.cross, &out.mean, &out.teacher_mean})
       if (value->defined()) value->div_(whole);
-    if (out.hessian.defined()) out.hessian = hessian_mirrored(out.hessian).div_(whole);
+    if (out.hessian.defined()) out.hessian = mirrored(out.hessian, 1 / whole);
   }
   return moments;
 }

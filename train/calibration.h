@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/fields.h"
 #include "model/transformer.h"
 #include "train/activations.h"
 #include "train/context.h"
@@ -62,7 +63,10 @@ struct CalibrationOptions {
   bool float64 = false;         // products and sums of the moments in float64 instead of float32
   std::filesystem::path spill;  // folder for activations on disk; empty = in memory
   bool squares_only = false;    // no products: the diagonal of the moments, for a pass that costs no more than the model
+  bool bf16 = false;            // passes through the blocks under autocast, products of the moments from inputs rounded to bfloat16; the residual stream and all sums stay float32. Not with float64
 };
+// Names and meaning of the option that switches it on: float32, or bf16, or auto = bf16 where the device multiplies it faster.
+void calibration_precision_field(FieldVisitor& visitor, std::string& precision);
 
 // Activations in front of one block of the quantized model and, with a teacher, of the float model. A block is computed once,
 // part by part: what lies between its linears is kept until the next part is asked for.

@@ -1,6 +1,7 @@
 // Which precision a device is trained in, and the guard that switches autocast on.
 #include "train/precision.h"
 
+#include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 
 #include <fstream>
@@ -50,6 +51,15 @@ AutocastGuard::~AutocastGuard() {
   if (!active_) return;
   if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
   at::autocast::set_autocast_enabled(type_, before_);
+}
+
+RoundedWeights::RoundedWeights(const std::vector<Linear*>& linears) {
+  for (Linear* linear : linears)
+    if (!linear->transform) held_.emplace_back(linear, std::exchange(linear->weight, linear->weight.detach().to(at::kBFloat16)));
+}
+
+RoundedWeights::~RoundedWeights() {
+  for (auto& [linear, weight] : held_) linear->weight = std::move(weight);
 }
 
 }  // namespace kompakt

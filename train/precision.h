@@ -5,7 +5,10 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "model/linear.h"
 
 namespace kompakt {
 
@@ -27,6 +30,19 @@ class AutocastGuard {
  private:
   c10::DeviceType type_;
   bool active_, before_ = false;
+};
+
+// While it lives, the weights of these linears are bfloat16: cast once, not by every pass that runs under autocast without gradients.
+// Those with a transform stay, which autocast sees to.
+class RoundedWeights {
+ public:
+  explicit RoundedWeights(const std::vector<Linear*>& linears);
+  ~RoundedWeights();
+  RoundedWeights(const RoundedWeights&) = delete;
+  RoundedWeights& operator=(const RoundedWeights&) = delete;
+
+ private:
+  std::vector<std::pair<Linear*, at::Tensor>> held_;
 };
 
 // Autocast off while it lives, inside a passage that runs under it: losses that need float32 sums and products.

@@ -69,3 +69,47 @@ TEST_CASE("symmetric sums of outer products: above the diagonal, weighted rows, 
   at::set_num_threads(threads_before);
   CHECK(at::equal(runs[0], runs[1]));
 }
+
+TEST_CASE("sums of outer products in bfloat16: inputs are rounded, products and sums are not", "[model][products]") {
+  const std::int64_t k = GENERATE(1, 16, 50, 130, 401);
+  CAPTURE(k);
+  const int threads_before = at::get_num_threads();
+  const std::vector<at::Tensor> x = pieces(k, 1), y = pieces(37, 11);
+  const auto rounded = [](const std::vector<at::Tensor>& rows, at::ScalarType type) {
+    std::vector<at::Tensor> out;
+    for (const at::Tensor& some : rows) out.push_back(some.to(at::kBFloat16).to(type));
+    return out;
+  };
+  const std::vector<at::Tensor> low = rounded(x, at::kBFloat16), exact = rounded(x, at::kFloat);
+  std::vector<at::Tensor> runs;
+  for (const int threads : {1, 2}) {
+    at::set_num_threads(threads);
+    at::Tensor sum, from_low, cross;
+    add_gram_bf16(sum, x, x, true);
+    add_gram_bf16(from_low, low, low, true);
+    add_gram_bf16(cross, low, y, false);
+    CHECK(sum.scalar_type() == at::kFloat);
+    CHECK(from_low.scalar_type() == at::kFloat);
+    CHECK(at::equal(sum.triu(), from_low.triu()));
+    CHECK(relative(sum.triu(), expected_product(exact, exact).triu()) < 1e-6);
+    CHECK(relative(cross, expected_product(exact, rounded(y, at::kFloat))) < 1e-6);
+    add_gram_bf16(cross, {low[0].slice(0, 0, 0)}, {y[0].slice(0, 0, 0)}, false);  // nothing to add
+    CHECK(relative(cross, expected_product(exact, rounded(y, at::kFloat))) < 1e-6);
+    runs.push_back(at::cat({sum.triu(), cross}, 1));
+  }
+  at::set_num_threads(threads_before);
+  CHECK(at::equal(runs[0], runs[1]));
+  // Two roundings of 2^-9 each at most; none would be a thousand times closer.
+  const double error = relative(runs[0].slice(1, 0, k), expected_product(x, x).triu());
+  CHECK(error < 4e-3);
+  CHECK(error > 1e-6);
+}
+
+TEST_CASE("a triangle on both sides of the diagonal", "[model][products]") {
+  for (const at::ScalarType type : {at::kFloat, at::kDouble})
+    for (const std::int64_t k : {0, 1, 31, 32, 33, 100}) {
+      const at::Tensor x = random_tensor({k, k}, 3).to(type), found = mirrored(x, 0.25);
+      CHECK(at::equal(found, (x.triu() + x.triu(1).t()) * 0.25));
+      CHECK(at::equal(mirrored(x.t(), 0.25), (x.t().triu() + x.t().triu(1).t()) * 0.25));  // not contiguous
+    }
+}

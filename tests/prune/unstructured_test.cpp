@@ -117,7 +117,10 @@ TEST_CASE("compensation lowers the output error, the refit lowers it further") {
   };
   const double plain = error_of("{unstructured: {sparsity: 0.5, criterion: magnitude, damping: 1e-6}}"), wanda = error_of("{unstructured: {sparsity: 0.5, criterion: wanda}}");
   const double swept = error_of("{unstructured: {sparsity: 0.5, criterion: sparsegpt, damping: 1e-4}}"), refit = error_of("{unstructured: {sparsity: 0.5, criterion: sparsegpt, refit: exact, damping: 1e-4}}");
-  CAPTURE(plain, wanda, swept, refit);
+  const double rounded = error_of("{unstructured: {sparsity: 0.5, criterion: sparsegpt, damping: 1e-4, calibration_precision: bf16}}");
+  CAPTURE(plain, wanda, swept, refit, rounded);
+  CHECK(rounded == Approx(swept).epsilon(0.05));
+  CHECK(rounded != swept);
   CHECK(swept < wanda);
   CHECK(refit < swept);
 }
