@@ -1,5 +1,7 @@
 #include "pipeline/measure.h"
 
+#include <ATen/ATen.h>
+
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
@@ -10,6 +12,7 @@
 #include "core/log.h"
 #include "core/system.h"
 #include "core/text.h"
+#include "evaluate/embeddings.h"
 #include "evaluate/latency.h"
 #include "evaluate/statistics.h"
 #include "model/parallel.h"
@@ -118,6 +121,35 @@ Json measure_language(const LanguageScores& scores, bool has_teacher) {
   return out;
 }
 
+// At most so many texts, evenly spread: every one is compared with every other.
+constexpr std::size_t most_embedded = 4096;
+
+TokenizedExamples spread_examples(const TokenizedExamples& all, std::size_t most) {
+  const std::size_t count = std::min(most, all.ids.size());
+  TokenizedExamples out;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t at = i * all.ids.size() / count;
+    out.ids.push_back(all.ids[at]), out.labels.push_back(all.labels[at]);
+  }
+  return out;
+}
+
+// `teacher` may be undefined. Texts are resampled: each has its correlation over all others.
+Json measure_embeddings(const at::Tensor& vectors, const at::Tensor& teacher, Json& nulls) {
+  Json out{{"n", vectors.size(0)}, {"width", vectors.size(1)}, {"protocol", str("similarities: cosines between the vectors of ", vectors.size(0), " texts, each with all others")}};
+  if (!teacher.defined()) return out;
+  if (vectors.size(0) < 3) {
+    for (const char* key : {"rank_correlation", "same_nearest", "cosine"}) nulls[key] = "similarities need at least 3 test texts";
+    return out;
+  }
+  const EmbeddingComparison pair = compare_embeddings(vectors, teacher);
+  out["rank_correlation"] = interval_json(mean_interval(pair.rank_correlation));
+  out["same_nearest"] = interval_json(wilson_interval(std::accumulate(pair.same_nearest.begin(), pair.same_nearest.end(), std::int64_t{0}), static_cast<std::int64_t>(pair.same_nearest.size())));
+  if (pair.cosine.empty()) nulls["cosine"] = str("the model's vectors have ", vectors.size(1), " numbers, the teacher's ", teacher.size(1));
+  else out["cosine"] = interval_json(mean_interval(pair.cosine));
+  return out;
+}
+
 // What is known of the distance between a KL from the cache and the exact one, of the mean (train/sparse_divergence.h).
 void measure_cached(const SparseScores& sparse, Json& kl) {
   kl["source"] = sparse.sampled ? "cache: likeliest tokens as they are stored, the rest by draws" : "cache: likeliest tokens as they are stored, the rest as one: a lower bound";
@@ -142,6 +174,7 @@ Json describe_size(const Transformer& model, const std::filesystem::path& files,
 Json scores_to_json(const TeacherScores& scores) {
   Json out{{"labels", scores.test.labels}, {"classes", scores.test.classes}};
   if (!scores.previous.labels.empty()) out["previous"] = Json{{"labels", scores.previous.labels}, {"classes", scores.previous.classes}};
+  if (scores.vectors.defined()) out["vectors"] = scores.vectors.sizes().vec();
   if (!scores.previous_nll.empty()) {
     out["tokenizer"] = scores.tokenizer;
     out["windows"] = Json{{"nll", scores.window_nll}, {"tokens", scores.window_tokens}};
@@ -157,6 +190,7 @@ TeacherScores scores_from_json(const Json& json) {
     into.classes = from.at("classes").get<std::int64_t>();
   };
   predictions(json, out.test);
+  if (json.contains("vectors")) out.vectors = at::empty(json.at("vectors").get<std::vector<std::int64_t>>());
   if (json.contains("previous")) predictions(json.at("previous"), out.previous);
   if (json.contains("previous_windows")) {
     out.tokenizer = json.at("tokenizer").get<std::string>();
@@ -193,6 +227,13 @@ TeacherScores measure(const Transformer& model, const TokenizedData& data, const
     out["language"]["test"] = measure_language(language, teacher_model || teacher_cache);
     if (teacher_cache) measure_cached(sparse, out["language"]["test"]["kl"]);
     if (same_tokens) out["language"]["test"]["versus_start"] = measure_ratio(scores.window_nll, start->window_nll, scores.window_tokens);
+  } else if (data.task.kind == TaskData::Kind::classification && !data.test.ids.empty() && model.config().family->encoder && data.task.labels.empty()) {
+    nulls["accuracy"] = "the texts have no labels";
+    const TokenizedExamples some = spread_examples(data.test, most_embedded);
+    Progress progress(str(title, ": test"), static_cast<std::int64_t>(some.ids.size()), "text");
+    scores.vectors = embed_texts(model, some, pad, options.batch_size, [&](std::int64_t done) { progress.update(done); });
+    progress.finish();
+    out["embeddings"]["test"] = measure_embeddings(scores.vectors, teacher ? teacher->vectors : at::Tensor(), nulls);
   } else {
     nulls["accuracy"] = model.config().is_classifier() ? "the recipe has no test data" : "the model has no classifier yet";
   }

@@ -27,8 +27,9 @@ struct TeacherScores {
   std::vector<double> window_nll, previous_nll;    // text: of each window
   std::int64_t window_tokens = 0, previous_tokens = 0;  // scored in each
   std::string tokenizer;                           // fingerprint: windows of other tokens are no pairs
+  at::Tensor vectors;                              // encoders without classes: [N,d], rows of length 1 (evaluate/embeddings.h)
 };
-// Without logits: labels and sums are what comparisons need.
+// Without logits and vectors: labels and sums are what comparisons need, and a file of their own holds vectors.
 Json scores_to_json(const TeacherScores& scores);
 TeacherScores scores_from_json(const Json& json);
 
@@ -42,7 +43,7 @@ struct Baselines {
 // Size and shape of a model on disk. `files` is the folder or file that would be deployed.
 Json describe_size(const Transformer& model, const std::filesystem::path& files, const std::vector<std::pair<std::string, std::int64_t>>& embedding_bytes);
 
-// Fills model["tasks"] or model["language"], latency, nulls with reasons; of the task before ("previous") in them too.
+// Fills model["tasks"], model["language"] or model["embeddings"], latency, nulls with reasons; of the task before ("previous") in them too.
 // Returns the predictions for later comparisons.
 TeacherScores measure(const Transformer& model, const TokenizedData& data, const MeasureOptions& options, const Baselines& baselines, const std::string& title, Json& out);
 

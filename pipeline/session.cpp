@@ -22,6 +22,7 @@
 #include "quantize/held_weights.h"
 #include "quantize/stage.h"
 #include "train/mask.h"
+#include "train/state.h"
 #include "train/teacher.h"
 
 namespace kompakt {
@@ -384,6 +385,7 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
     if (is_teacher) {
       teacher_evaluation_key_ = evaluation_key;
       teacher_scores_ = scores_from_json(read_json(*entry / "scores.json"));
+      if (teacher_scores_->vectors.defined()) load_state(*entry / "vectors.safetensors", {{"vectors", teacher_scores_->vectors}});
     }
     Json out = read_json(*entry / "evaluation.json");
     out["label"] = label;
@@ -411,7 +413,8 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   Json out = describe_size(*model, folder, session_embedding_bytes(*model, folder));
   out["path"] = artifact ? "artifact" : label;
   const bool text = data_.kind == TaskData::Kind::text;
-  const bool measurable = (data_.has_test() || data_.has_previous()) && (text || model->config().is_classifier());
+  const bool embeds = !text && !recipe_.has_labels() && model->config().family->encoder && !model->config().is_classifier();  // vectors are what it is for
+  const bool measurable = (data_.has_test() || data_.has_previous()) && (text || embeds || model->config().is_classifier());
   TeacherScores scores;
   if (measurable) {
     if (text && !is_teacher) name_teacher();
@@ -437,6 +440,7 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
   store_.add(evaluation_key, [&](const fs::path& entry) {
     write_json(entry / "evaluation.json", out);
     write_json(entry / "scores.json", scores_to_json(scores));
+    if (is_teacher && scores.vectors.defined()) save_state(entry / "vectors.safetensors", {{"vectors", scores.vectors}}, Json::object());
   });
   out["label"] = label;
   return out;

@@ -207,10 +207,11 @@ class BlockTuner {
     const std::vector<Piece> some = pieces(draw(iteration));
     double values = 0;
     for (const Piece& piece : some) values += piece.values;
+    const bool bf16 = use_bf16(options_.precision, model_.device());
     std::vector<std::vector<at::Tensor>> gradients(some.size());
     tune_each(model_.device(), some.size(), [&](std::size_t i) {
       const at::AutoGradMode gradient(true);
-      gradients[i] = torch::autograd::grad({square_error(some[i], activations_.bf16) / std::max(1.0, values)}, weights);
+      gradients[i] = torch::autograd::grad({square_error(some[i], bf16) / std::max(1.0, values)}, weights);
     });
     const double start = options_.learning_rate > 0 ? options_.learning_rate : 1.0 / static_cast<double>(options_.iterations);
     const double rate = start * (1.0 - static_cast<double>(iteration) / static_cast<double>(options_.iterations));
@@ -257,6 +258,7 @@ void fields(FieldVisitor& visitor, BlockTuneOptions& options) {
   visitor.number("learning_rate", options.learning_rate, "first step of latents and scale factors, falling linearly to 0; 0 = 1 / iterations", {.min = 0, .max = 1});
   visitor.number("margin", options.margin, "how far from its code, in codes, a latent may start; 0.49 = almost where the float weight lies", {.min = 0, .max = 0.49});
   visitor.integer("evaluate_every", options.evaluate_every, "steps between two losses over the whole calibration set; the best codes are kept", {.min = 1});
+  visitor.choice("precision", options.precision, "of the passes that learn: auto = bf16 autocast where the hardware multiplies bf16; the errors that codes are chosen by are float32", precision_names());
   visitor.number("fisher", options.fisher, "how much the loss's gradients say which directions of a block's output matter: 0 = all the same, 1 = they alone; needs token_weights", {.min = 0, .max = 1});
 }
 

@@ -24,7 +24,6 @@ struct BlockActivations {
   const std::vector<at::Tensor>* weights = nullptr;
   // [d,d], symmetric: a token's error e counts as e^T M e instead of e^T e (quantize/token_weights.h); undefined = the identity.
   at::Tensor metric;
-  bool bf16 = false;  // passes that learn run under autocast; losses over the whole set are float32 all the same
 };
 
 struct BlockTuneResult {

@@ -159,6 +159,8 @@ void check_method_keys(const ModelConfig& config, const QuantizeOptions& options
   if (options.calibration_precision != "float32") {
     if (method && !method->needs_calibration)
       problems.add(Error(str("method ", method->name, " makes no pass over calibration text")).at("quantize.calibration_precision").given(str("method: ", options.method)).allowed("method: gptq, trifit or imatrix").hint("leave the key out"));
+    if (options.tunes_blocks())  // measured: docs/how-to/tuning.md
+      problems.add(Error("blocks are tuned towards outputs of float32: rounded ones would hide the error of the codes").at("quantize.calibration_precision").given(options.calibration_precision).allowed("float32").hint("leave the key out; block_tune: {precision: bf16} rounds the passes that learn alone"));
     if (options.sweep_precision == "float64")
       problems.add(Error("moments of float64 are not made from inputs rounded to bfloat16").at("quantize.calibration_precision").given(str(options.calibration_precision, " with sweep_precision: float64")).allowed("float32").hint("leave one of the two out"));
   }

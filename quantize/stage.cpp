@@ -323,7 +323,7 @@ class QuantizeRun {
       const at::Tensor& moment = output_metrics_[static_cast<std::size_t>(layer)];
       metric = moment * options_.block_tune.fisher + at::eye(moment.size(0), moment.options()) * (1 - options_.block_tune.fisher);
     }
-    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }, token_weights_.empty() || last.empty() ? nullptr : &token_weights_.at(last.back()->name), metric, bf16()};
+    const BlockActivations activations{[&](std::size_t b) { return calibration.input(b); }, [&](std::size_t b) { return calibration.teacher(b); }, token_weights_.empty() || last.empty() ? nullptr : &token_weights_.at(last.back()->name), metric};
     std::map<std::string, at::Tensor> places;  // where the weights lie
     for (std::size_t i = first_row; i < layers_.size(); ++i) {
       const std::string name = layers_[i].at("layer");

@@ -28,6 +28,7 @@ struct BlockTuneOptions {
   double margin = 0.3;                // of the latents at the start, in codes
   std::int64_t evaluate_every = 25;
   double fisher = 0;                  // share of the gradients' second moment in the metric of a block's output
+  std::string precision = "float32";  // of the passes that learn: auto | float32 | bf16; errors are float32
 };
 void fields(FieldVisitor& visitor, BlockTuneOptions& options);
 

@@ -259,7 +259,7 @@ class GateParser {
 }  // namespace
 
 const std::vector<std::string>& entry_keys() {
-  static const std::vector<std::string> keys = {"tasks", "language", "shape", "versus_teacher", "versus_start", "ratio_to_teacher", "predicted", "cpu_seconds", "inference_peak_memory_bytes", "details"};
+  static const std::vector<std::string> keys = {"tasks", "language", "embeddings", "shape", "versus_teacher", "versus_start", "ratio_to_teacher", "predicted", "cpu_seconds", "inference_peak_memory_bytes", "details"};
   return keys;
 }
 const std::vector<std::string>& report_keys() {

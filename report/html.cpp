@@ -137,6 +137,7 @@ std::string page_models(const Json& report) {
       const Json* how = find_json(*model, {"language", text->get<std::string>().c_str(), "protocol"});
       parts.push_back(str("perplexity on ", text->get<std::string>(), how && how->is_string() ? str(" (", how->get<std::string>(), ")") : std::string()));
     }
+    if (const Json* how = find_json(*model, {"embeddings", "test", "protocol"}); how && how->is_string()) parts.push_back(how->get<std::string>());
     if (const Json* latency = find_json(*model, {"latency_protocol"}); latency && latency->is_string()) parts.push_back(str("latency: ", latency->get<std::string>()));
     parts.emplace_back("± is half of the 95% interval; size and bits/weight count whole files");
     protocol = join(parts, "; ");

@@ -12,7 +12,7 @@ namespace {
 
 using Needs = Metric::Needs;
 
-constexpr std::array<Metric, 21> metric_rows = {{
+constexpr std::array<Metric, 24> metric_rows = {{
     {"accuracy", "accuracy", Unit::share, Better::higher, Needs::task, "share of right labels, Wilson 95% interval"},
     {"macro_f1", "macro-F1", Unit::share, Better::higher, Needs::task, "mean F1 over classes, bootstrap 95% interval"},
     {"ece", "calibration error", Unit::small_number, Better::lower, Needs::task, "expected calibration error, 15 bins"},
@@ -20,6 +20,9 @@ constexpr std::array<Metric, 21> metric_rows = {{
     {"perplexity", "perplexity", Unit::number, Better::lower, Needs::language, "exp of the mean negative log-likelihood"},
     {"kl", "KL", Unit::small_number, Better::lower, Needs::language, "mean divergence from the teacher, nats a token"},
     {"top1_agreement", "same top-1", Unit::share, Better::higher, Needs::language, "share of positions with the teacher's first choice"},
+    {"rank_correlation", "rank correlation", Unit::small_number, Better::higher, Needs::embeddings, "Spearman's, of the similarities of a text to all others with those that the teacher sees; mean over texts"},
+    {"same_nearest", "same nearest", Unit::share, Better::higher, Needs::embeddings, "share of texts whose nearest other text is the teacher's"},
+    {"cosine", "cosine", Unit::small_number, Better::higher, Needs::embeddings, "mean cosine of a text's vector with the teacher's, where both are of one width"},
     {"previous_accuracy", "accuracy before", Unit::share, Better::higher, Needs::earlier_task, "share of right labels of the task that the model did before the run"},
     {"previous_macro_f1", "macro-F1 before", Unit::share, Better::higher, Needs::earlier_task, "mean F1 over the classes of that task"},
     {"previous_perplexity", "perplexity before", Unit::number, Better::lower, Needs::earlier_text, "perplexity of the text that the model was made for before the run"},

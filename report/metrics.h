@@ -21,8 +21,9 @@ struct Metric {
   const char* title;  // heading of a column
   Unit unit;
   Better better;
-  // What must have been evaluated for the figure to exist: a task, a text, those that the model did before the run, or nothing ("any").
-  enum class Needs { any, task, language, earlier_task, earlier_text } needs;
+  // What must have been evaluated for the figure to exist: a task, a text, vectors of texts, those that the model did before the run, or
+  // nothing ("any").
+  enum class Needs { any, task, language, embeddings, earlier_task, earlier_text } needs;
   const char* summary;
 };
 

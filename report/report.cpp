@@ -62,6 +62,8 @@ void report_model(const Json& model, Json& entry, const std::string& place) {
     report_copy(report_member(texts, name.c_str(), Json::value_t::object, place), entry, {"perplexity", "kl", "top1_agreement"});
     if (const Json* versus = find_json(texts, {name.c_str(), "versus_start"})) report_copy(*versus, entry["versus_start"], {"perplexity_ratio"});
   }
+  const Json& vectors = report_member(model, "embeddings", Json::value_t::object, place);
+  if (const std::string name = report_headline(vectors, {"test"}); !name.empty()) report_copy(report_member(vectors, name.c_str(), Json::value_t::object, place), entry, {"rank_correlation", "same_nearest", "cosine"});
   for (const auto& [groups, names] : {std::pair(&tasks, std::array<const char*, 2>{"accuracy", "macro_f1"}), std::pair(&texts, std::array<const char*, 2>{"perplexity", ""})}) {
     const Json* before = find_json(*groups, {"previous"});
     for (const std::string metric : names) {
@@ -78,6 +80,7 @@ void report_model(const Json& model, Json& entry, const std::string& place) {
   report_copy(model, entry, {"tokens_per_second", "joules_per_token"});
   if (!tasks.empty()) entry["tasks"] = tasks;
   if (!texts.empty()) entry["language"] = texts;
+  if (!vectors.empty()) entry["embeddings"] = vectors;
   if (!entry.contains("bits_per_weight")) {
     const auto bytes = number_at(entry, "bytes"), parameters = number_at(entry, "parameters");
     if (bytes && parameters && *parameters > 0) entry["bits_per_weight"] = 8 * *bytes / *parameters;
@@ -86,12 +89,13 @@ void report_model(const Json& model, Json& entry, const std::string& place) {
 
 // What any model of a run was measured on.
 struct ReportKinds {
-  bool tasks = false, texts = false, earlier_tasks = false, earlier_texts = false;
+  bool tasks = false, texts = false, vectors = false, earlier_tasks = false, earlier_texts = false;
   const char* reason_without(Metric::Needs needs) const {  // null where it was measured
     switch (needs) {
       case Metric::Needs::any: return nullptr;
       case Metric::Needs::task: return tasks ? nullptr : no_task_reason;
       case Metric::Needs::language: return texts ? nullptr : no_text_reason;
+      case Metric::Needs::embeddings: return vectors ? nullptr : no_embedding_reason;
       case Metric::Needs::earlier_task: return earlier_tasks ? nullptr : no_earlier_reason;
       case Metric::Needs::earlier_text: return earlier_texts ? nullptr : no_earlier_reason;
     }
@@ -211,7 +215,7 @@ void report_curves(const fs::path& file, Json& manifest) {
 
 Json report_from_manifest(const Json& manifest, const std::string& place) {
   if (!manifest.is_object()) throw Error("the manifest is not an object").at(place).given(manifest.type_name());
-  const ReportKinds kinds{report_any(manifest, "tasks", false), report_any(manifest, "language", false), report_any(manifest, "tasks", true), report_any(manifest, "language", true)};
+  const ReportKinds kinds{report_any(manifest, "tasks", false), report_any(manifest, "language", false), report_any(manifest, "embeddings", false), report_any(manifest, "tasks", true), report_any(manifest, "language", true)};
   Json report = {{"format", "kompakt report 1"}, {"name", json_get_or<std::string>(manifest, "name", place, "unnamed run")}, {"verdict", ""}};
   report_copy(manifest, report, {"kompakt_version", "seed", "recipe_sha256", "started", "environment", "data"});
 
@@ -219,7 +223,7 @@ Json report_from_manifest(const Json& manifest, const std::string& place) {
     Json entry = {{"name", "start"}};
     report_model(*model, entry, place);
     report_copy(*model, entry, {"peak_memory_bytes"});
-    report_nulls(*model, entry, kinds, {{"seconds", "the run begins with it"}, {"kl", "it is compared with nothing"}, {"top1_agreement", "it is compared with nothing"}, {"agreement", "it is compared with nothing"}, {"energy_joules", "the run begins with it"}});
+    report_nulls(*model, entry, kinds, {{"seconds", "the run begins with it"}, {"kl", "it is compared with nothing"}, {"top1_agreement", "it is compared with nothing"}, {"agreement", "it is compared with nothing"}, {"rank_correlation", "it is compared with nothing"}, {"same_nearest", "it is compared with nothing"}, {"cosine", "it is compared with nothing"}, {"energy_joules", "the run begins with it"}});
     report["start"] = entry;
   }
   report["teacher"] = nullptr;
@@ -227,7 +231,7 @@ Json report_from_manifest(const Json& manifest, const std::string& place) {
     Json entry = {{"name", "teacher"}};
     report_model(*model, entry, place);
     report_copy(*model, entry, {"peak_memory_bytes", "seconds"});
-    report_nulls(*model, entry, kinds, {{"seconds", "the teacher was given, or is timed under the stage that made it"}, {"kl", "the teacher is its own reference"}, {"top1_agreement", "the teacher is its own reference"}, {"agreement", "the teacher is its own reference"}, {"energy_joules", "the teacher was given, or is timed under the stage that made it"}});
+    report_nulls(*model, entry, kinds, {{"seconds", "the teacher was given, or is timed under the stage that made it"}, {"kl", "the teacher is its own reference"}, {"top1_agreement", "the teacher is its own reference"}, {"agreement", "the teacher is its own reference"}, {"rank_correlation", "the teacher is its own reference"}, {"same_nearest", "the teacher is its own reference"}, {"cosine", "the teacher is its own reference"}, {"energy_joules", "the teacher was given, or is timed under the stage that made it"}});
     report["teacher"] = entry;
   }
   report["stages"] = Json::array();

@@ -21,7 +21,7 @@ ModelTable model_table(const Json& report, bool costs) {
     const char* title;
     std::string_view metric;  // "": the ratio to the teacher
   };
-  static constexpr Column columns[] = {{"accuracy", "accuracy"}, {"macro-F1", "macro_f1"}, {"perplexity", "perplexity"}, {"accuracy before", "previous_accuracy"}, {"perplexity before", "previous_perplexity"}, {"KL", "kl"}, {"same top-1", "top1_agreement"}, {"size", "bytes"}, {"smaller", ""}, {"bits/weight", "bits_per_weight"}, {"latency", "latency_ms"}, {"tokens/s", "tokens_per_second"}, {"memory", "memory_in_use"}, {"made in", "seconds"}};
+  static constexpr Column columns[] = {{"accuracy", "accuracy"}, {"macro-F1", "macro_f1"}, {"perplexity", "perplexity"}, {"accuracy before", "previous_accuracy"}, {"perplexity before", "previous_perplexity"}, {"KL", "kl"}, {"same top-1", "top1_agreement"}, {"rank correlation", "rank_correlation"}, {"same nearest", "same_nearest"}, {"size", "bytes"}, {"smaller", ""}, {"bits/weight", "bits_per_weight"}, {"latency", "latency_ms"}, {"tokens/s", "tokens_per_second"}, {"memory", "memory_in_use"}, {"made in", "seconds"}};
   ModelTable table;
   table.header = {"model"};
   const auto rows = table_rows(report, costs);

@@ -86,6 +86,7 @@ std::string verdict(const Json& report) {
     parts.push_back(str("accuracy ", show_number(Unit::share, *accuracy)));
   }
   if (const std::string language = verdict_language(*model, teacher); !language.empty()) parts.push_back(language);
+  if (const auto correlation = number_at(*model, "rank_correlation")) parts.push_back(str("similarities of texts in rank correlation ", show_number(Unit::small_number, *correlation), " with its own"));
   if (parts.empty()) parts.emplace_back("A model was made, nothing was measured");
   std::string text = join(parts, ", ") + ".";
   if (!find_json(report, {"artifact"})) text += str(" No artifact: these are the figures of ", model->value("name", "the last stage"), ".");
@@ -130,7 +131,7 @@ std::vector<std::string> not_measured(const Json& report) {
       const Json* reason = find_json(*row, {"nulls", metric.name});
       if (!reason || !reason->is_string()) continue;
       const std::string text = reason->get<std::string>();
-      if (text == no_task_reason || text == no_text_reason || text == no_earlier_reason || starts_with(text, "the teacher ") || text == "this stage makes no model" || text == "stated for each stage" || (same_as_teacher(report, *row) && metric.needs != Metric::Needs::any)) continue;
+      if (text == no_task_reason || text == no_text_reason || text == no_embedding_reason || text == no_earlier_reason || starts_with(text, "the teacher ") || text == "this stage makes no model" || text == "stated for each stage" || (same_as_teacher(report, *row) && metric.needs != Metric::Needs::any)) continue;
       const std::string line = str(metric.title, ": ", text);
       auto group = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == line; });
       if (group == groups.end()) group = groups.insert(groups.end(), {line, {}});

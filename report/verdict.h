@@ -11,6 +11,7 @@ namespace kompakt {
 // Reasons for figures that no model of the run can have; they are not listed among what was not measured.
 inline constexpr const char* no_task_reason = "no task is evaluated in this run";
 inline constexpr const char* no_text_reason = "no text is evaluated in this run";
+inline constexpr const char* no_embedding_reason = "no vectors of texts are evaluated in this run";
 inline constexpr const char* no_earlier_reason = "no task before is evaluated in this run";
 
 // "2.1 MB, 43× smaller than the teacher, 0.3 points below it (95%: −0.9 … +0.3)."

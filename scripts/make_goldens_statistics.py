@@ -71,7 +71,16 @@ def main(output):
     mcnemar = []
     for x, y in [(0, 0), (1, 0), (5, 5), (3, 12), (40, 71), (700, 900), (60000, 60900)]:
         mcnemar.append([x, y, float(stats.binomtest(x, x + y, 0.5).pvalue) if x + y else 1.0])
+    # Vectors of texts in two models, drawn behind all else; two texts are the same, so that similarities tie.
+    vectors = [(x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32).astype(np.float64) for x in (rng.normal(size=(12, 5)), rng.normal(size=(12, 3)))]
+    for x in vectors:
+        x[7] = x[2]
+    similarity = [np.float32(x @ x.T) for x in vectors]
+    others = lambda s, i: np.delete(s[i], i)
     golden = {
+        "vectors": [x.tolist() for x in vectors],
+        "rank_correlation": [float(stats.spearmanr(others(similarity[0], i), others(similarity[1], i)).statistic) for i in range(12)],
+        "same_nearest": [int(np.argmax(others(similarity[0], i)) == np.argmax(others(similarity[1], i))) for i in range(12)],
         "resamples": resamples, "seed": seed, "classes": classes,
         "truth": truth.tolist(), "first": first.tolist(), "second": second.tolist(),
         "kl_first": kl_a.tolist(), "kl_second": kl_b.tolist(), "confidence": confidence.tolist(),

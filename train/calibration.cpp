@@ -127,7 +127,7 @@ std::vector<Linear*> part_linears(Block& block, BlockPart part) {
 }
 
 void calibration_precision_field(FieldVisitor& visitor, std::string& precision) {
-  visitor.choice("calibration_precision", precision, "of the products of passes over calibration text and of the inputs' second moments; sums, residual stream and scores are float32. auto = bf16 where the hardware multiplies it faster", precision_names());
+  visitor.choice("calibration_precision", precision, "of the products of passes over calibration text and of the inputs' second moments; sums and residual stream are float32. auto = bf16 where the hardware multiplies it faster", precision_names());
 }
 
 void subtract_means(SecondMoments& moments) {

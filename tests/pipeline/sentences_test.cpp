@@ -65,6 +65,19 @@ TEST_CASE("an encoder without classes is distilled, quantized and exported on te
   CHECK(stage.at("details").at("loss_curve").back().at("parts").contains("embedding_cosine"));
   CHECK(stage.at("model").at("nulls").at("accuracy") == "the texts have no labels");
   CHECK(!manifest.at("teacher").is_null());
+  // What the report says of the vectors: each model against the teacher's, on the test texts.
+  const auto vectors_of = [](const Json& model) { return model.at("embeddings").at("test"); };
+  CHECK(vectors_of(manifest.at("teacher")).at("n") == 45);
+  CHECK_FALSE(vectors_of(manifest.at("teacher")).contains("rank_correlation"));
+  const Json distilled = vectors_of(stage.at("model"));
+  CHECK(distilled.at("rank_correlation").at("low").get<double>() < distilled.at("rank_correlation").at("value").get<double>());
+  const Json report = read_json(tiny.out("a") / "report.json");
+  CHECK(report.at("stages").at(0).at("rank_correlation") == distilled.at("rank_correlation"));
+  CHECK(report.at("teacher").at("nulls").at("same_nearest") == "the teacher is its own reference");
+  CHECK(report.at("artifact").at("nulls").at("perplexity") == "no text is evaluated in this run");
+  CHECK(contains_all(report.at("verdict").get<std::string>(), {"rank correlation"}));
+  CHECK(contains_all(read_text(tiny.out("a") / "report.md"), {"rank correlation", "same nearest"}));
+  CHECK(contains_all(read_text(tiny.out("a") / "report.html"), {"similarities: cosines between the vectors of 45 texts"}));
   const auto teacher = load_model(tiny.folder() / "teacher"), student = load_model(tiny.out("a") / "01-distill"), artifact = open_any_model(tiny.out("a") / "artifact");
   CHECK_FALSE(student->config().is_classifier());
   const auto tokenizer = load_tokenizer(tiny.folder() / "teacher");
@@ -74,8 +87,13 @@ TEST_CASE("an encoder without classes is distilled, quantized and exported on te
   const Recipe still = sentence_recipe(tiny, "  - distill: {student: {keep_layers: [0, 2]}, steps: 1, batch_size: 8, learning_rate: 1.0e-30, precision: float32}\n");  // the default objective
   CHECK(run_recipe(still, {.out = tiny.out("b")}).code == ExitCode::ok);
   CHECK(read_json(tiny.out("b") / "manifest.json").at("stages").at(0).at("details").at("objective") == Json::parse(R"([{"embedding": "cosine"}])"));
+  // The teacher's vectors come from the store here.
+  const Json untrained = vectors_of(read_json(tiny.out("b") / "manifest.json").at("stages").at(0).at("model"));
+  for (const char* key : {"rank_correlation", "cosine"}) CHECK(distilled.at(key).at("value").get<double>() > untrained.at(key).at("value").get<double>());
   const double before = likeness(*load_model(tiny.out("b") / "01-distill"), *teacher, test), after = likeness(*student, *teacher, test);
   CHECK(after > before + 0.2 * (1 - before));
+  CHECK(distilled.at("cosine").at("value").get<double>() == Approx(after).epsilon(1e-5));
+  CHECK(untrained.at("cosine").at("value").get<double>() == Approx(before).epsilon(1e-5));
   const auto pruned = load_model(tiny.out("a") / "02-prune");
   CHECK(likeness(*artifact, *pruned, test) > 0.99);
   const Json& proof = manifest.at("stages").at(3).at("details").at("reopened").at("kompakt");

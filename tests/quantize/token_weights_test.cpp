@@ -244,7 +244,10 @@ TEST_CASE("token weights in the stage: kept for a killed run, told in the report
 
   options.calibration_precision = "bf16", options.sweep_precision = "float64";
   CHECK(contains_all(error_text([&] { plan_quantization(original->config(), options); }), {"quantize.calibration_precision", "float64", "leave one of the two out"}));
-  options.sweep_precision = "float32", options.method = "rtn", options.token_weights = "uniform";
+  options.sweep_precision = "float32", options.has_block_tune = true;
+  CHECK(contains_all(error_text([&] { plan_quantization(original->config(), options); }), {"quantize.calibration_precision", "blocks are tuned towards outputs of float32", "block_tune: {precision: bf16}"}));
+  options.has_block_tune = false;
+  options.method = "rtn", options.token_weights = "uniform";
   CHECK(contains_all(error_text([&] { plan_quantization(original->config(), options); }), {"quantize.calibration_precision", "method rtn makes no pass", "gptq"}));
   options.calibration_precision = "float32", options.method = "trifit";
   options.has_block_tune = true, options.block_tune.fisher = 0.5, options.token_weights = "uniform";

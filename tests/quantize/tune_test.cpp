@@ -60,8 +60,8 @@ TuneProblem tune_problem(const GridSpec& spec, std::uint64_t seed = 3, bool enco
   return p;
 }
 
-BlockTuneResult tune_run(TuneProblem& p, const BlockTuneOptions& options, const std::vector<at::Tensor>* weights = nullptr, const at::Tensor& metric = {}, bool bf16 = false) {
-  const BlockActivations activations{[&](std::size_t b) { return p.inputs[b]; }, [&](std::size_t b) { return p.targets[b]; }, weights, metric, bf16};
+BlockTuneResult tune_run(TuneProblem& p, const BlockTuneOptions& options, const std::vector<at::Tensor>* weights = nullptr, const at::Tensor& metric = {}) {
+  const BlockActivations activations{[&](std::size_t b) { return p.inputs[b]; }, [&](std::size_t b) { return p.targets[b]; }, weights, metric};
   return tune_block(*p.model, 0, p.set, activations, p.original, p.plan, options, 11, p.quantized);
 }
 
@@ -175,7 +175,8 @@ TEST_CASE("block tuning lowers the block's error on every grid and stays on it",
     const BlockTuneResult result = tune_run(p, options);
     CHECK(result.after <= result.before);
     TuneProblem low = tune_problem(spec);  // passes under autocast: another path to an error as small, scored in float32
-    const BlockTuneResult rounded = tune_run(low, options, nullptr, {}, true);
+    options.precision = "bf16";
+    const BlockTuneResult rounded = tune_run(low, options);
     CHECK(rounded.before == result.before);
     if (grid.code_max - grid.code_min < 16) CHECK(rounded.after < 0.9 * rounded.before);
     if (grid.code_max - grid.code_min < 16) CHECK(result.after < 0.9 * result.before);
