@@ -51,7 +51,7 @@ std::ptrdiff_t embedding_largest(const std::vector<float>& values) { return std:
 
 }  // namespace
 
-at::Tensor embed_texts(const Transformer& model, const TokenizedExamples& examples, std::int64_t pad, std::int64_t batch_size, const std::function<void(std::int64_t)>& progress) {
+at::Tensor embed_texts(const Transformer& model, const TokenizedExamples& examples, std::int64_t pad, std::int64_t batch_size, const std::function<void(std::int64_t)>& progress, const std::function<std::int64_t(std::int64_t)>& number) {
   const at::NoGradGuard no_grad;
   at::Tensor out;
   std::int64_t done = 0;
@@ -63,7 +63,7 @@ at::Tensor embed_texts(const Transformer& model, const TokenizedExamples& exampl
     const at::Tensor finite = units.isfinite().all(1);
     for (std::int64_t row = 0; row < batch.rows; ++row) {
       const std::int64_t text = batch.examples[static_cast<std::size_t>(row)];
-      if (!finite[row].item<bool>()) throw Error("the vector of a text is not finite").at(str("text ", text + 1)).hint("check the model on this text: an activation has overflowed");
+      if (!finite[row].item<bool>()) throw Error("the vector of a text is not finite").at(str("text ", number ? number(text) : text + 1)).hint("check the model on this text: an activation has overflowed");
       out[text] = units[row];
     }
     done += batch.rows;

@@ -16,8 +16,10 @@
 namespace kompakt {
 
 // Pooled vectors, each divided by its length (one of zeros stays): [N,d] float32 on the CPU in the order of `examples`.
-// `progress` (may be empty) is told the number of texts done. Error where a value is not finite, with the text's number.
-at::Tensor embed_texts(const Transformer& model, const TokenizedExamples& examples, std::int64_t pad, std::int64_t batch_size = 64, const std::function<void(std::int64_t)>& progress = {});
+// `progress` (may be empty) is told the number of texts done. Error where a value is not finite, with the text's number, which `number` makes of
+// its place among the examples (empty: counted from 1).
+at::Tensor embed_texts(const Transformer& model, const TokenizedExamples& examples, std::int64_t pad, std::int64_t batch_size = 64, const std::function<void(std::int64_t)>& progress = {},
+                       const std::function<std::int64_t(std::int64_t)>& number = {});
 
 // Per text, over the cosines of its vector with those of all other texts.
 struct EmbeddingComparison {

@@ -1,6 +1,7 @@
 // The forward pass. One code path for encoders and decoders; what differs comes from the Family row and the config.
 // Masks and rotary tables are made once a pass (Context) and not at all where nothing is masked.
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 
 #include <cmath>
@@ -195,6 +196,10 @@ at::Tensor Transformer::attend(std::int64_t layer, const at::Tensor& x, const Co
   at::Tensor q = a.query.forward(x, taps).view({batch, length, a.heads, a.head_dim}).transpose(1, 2);
   at::Tensor k = a.key.forward(x, taps).view({batch, length, a.kv_heads, a.head_dim}).transpose(1, 2);
   at::Tensor v = a.value.forward(x, taps).view({batch, length, a.kv_heads, a.head_dim}).transpose(1, 2);
+  // Under autocast over weights that are rounded already (calibration) attention itself is float32 on the CPU: the passes that are fused there
+  // know no bfloat16, and what ATen does instead takes longer. Not in training, whose attention keeps half as much for the way back.
+  if (q.is_cpu() && q.scalar_type() == at::kBFloat16 && a.query.weight.scalar_type() == at::kBFloat16 && at::autocast::is_autocast_enabled(at::kCPU))
+    for (at::Tensor* part : {&q, &k, &v}) *part = part->to(at::kFloat);
   if (a.query_norm.weight.defined()) {
     q = a.query_norm.forward(q);
     k = a.key_norm.forward(k);

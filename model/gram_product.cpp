@@ -68,13 +68,14 @@ struct GramFloat {
 typedef std::uint16_t GramRow __attribute__((vector_size(32)));
 typedef std::uint32_t GramPairs __attribute__((vector_size(64)));
 
-// Rows two by two: [ceil(rows / 2), 16, 2], zeros behind the last row and the last column.
+// Of 16 columns of a row those that are there, zeros behind them.
 template <class T>
 KOMPAKT_BF16_TARGET __m256i gram_rounded(const T* row, __mmask16 present) {
   if constexpr (std::is_same_v<T, float>) return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(present, row)));
   else return _mm256_maskz_loadu_epi16(present, row);
 }
 
+// Rows two by two: [ceil(rows / 2), 16, 2], zeros behind the last row and the last column.
 template <class T>
 KOMPAKT_BF16_TARGET void gram_pack_panel(const T* row, std::int64_t stride, std::int64_t rows, std::int64_t wide, std::uint16_t* to) {
   const auto present = static_cast<__mmask16>((1u << wide) - 1);

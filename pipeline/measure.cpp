@@ -231,7 +231,8 @@ TeacherScores measure(const Transformer& model, const TokenizedData& data, const
     nulls["accuracy"] = "the texts have no labels";
     const TokenizedExamples some = spread_examples(data.test, most_embedded);
     Progress progress(str(title, ": test"), static_cast<std::int64_t>(some.ids.size()), "text");
-    scores.vectors = embed_texts(model, some, pad, options.batch_size, [&](std::int64_t done) { progress.update(done); });
+    const auto number = [&](std::int64_t text) { return static_cast<std::int64_t>(static_cast<std::size_t>(text) * data.test.ids.size() / some.ids.size()) + 1; };
+    scores.vectors = embed_texts(model, some, pad, options.batch_size, [&](std::int64_t done) { progress.update(done); }, number);
     progress.finish();
     out["embeddings"]["test"] = measure_embeddings(scores.vectors, teacher ? teacher->vectors : at::Tensor(), nulls);
   } else {

@@ -255,6 +255,8 @@ ModelConfig pruned_config(const ModelConfig& config, const PruneOptions& options
   check_schedule(options);
   ModelConfig out = config;
   if (options.has_vocabulary && options.vocabulary.max_positions > 0 && config.family->learned_positions) out.max_positions = std::min(out.max_positions, options.vocabulary.max_positions);
+  if (options.has_unstructured && options.unstructured.calibration_precision != "float32" && options.unstructured.criterion == "magnitude" && options.unstructured.refit == "none")
+    throw Error("magnitude makes no pass over calibration text").at("unstructured.calibration_precision").given(str("criterion: magnitude, refit: none, calibration_precision: ", options.unstructured.calibration_precision)).allowed("float32").hint("leave the key out");
   if (!options.has_structured) {
     if (options.has_unstructured) check_sparsity(out, options.unstructured, "unstructured");
     return out;

@@ -114,7 +114,7 @@ class BudgetAllocation {
   }
 
   void measure() {
-    const std::filesystem::path file = measurement_file(context_, model_, "sensitivities/1", depends(), ".json");
+    const std::filesystem::path file = measurement_file(context_, model_, "sensitivities/2", depends(), ".json");
     if (recall_measurement(context_, file, "sensitivities", [&] { sensitivities_ = budget_sensitivities(read_json(file), frame_); })) return;
     SensitivityRequest request;
     for (const BudgetTensor& tensor : frame_.tensors) request.formats[tensor.name] = tensor.formats;

@@ -1,5 +1,5 @@
 // The GPTQ sweep. Rows are independent once the factor U of the inverse Hessian is known: inside a block of columns each row
-// runs alone (group fit, rounding, compensation), the columns to the right are updated by one matrix product.
+// runs alone (group fit, rounding, compensation); what the blocks before it have left behind comes in one matrix product.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 

@@ -40,6 +40,7 @@ class SensitivityTaps final : public TapSink {
 class SensitivityPass {
  public:
   SensitivityPass(Transformer& model, const CalibrationSet& set, const SensitivityRequest& request) : model_(model), set_(set), request_(request) {
+    TORCH_CHECK(!request.bf16 || request.formats.empty(), "sensitivities of formats are measured in float32");
     for (const auto& [name, formats] : request.formats) {
       find_quantizable(model, name);
       sums_[name].assign(formats.size(), 0.0);

@@ -39,7 +39,7 @@ struct SensitivityRequest {
   // are multiplied by it; of a tied embedding the output's part alone.
   std::function<double(const std::string& name, const at::Tensor& inputs)> reduction;
   bool split = false;  // errors are fitted on the first half of the batches and scored on the second (for methods that use data)
-  bool bf16 = false;   // passes through the blocks under autocast; the head stays float32
+  bool bf16 = false;   // passes through the blocks under autocast; the head stays float32. For visits: not with formats
   std::uint64_t seed = 0;
   std::function<void(std::int64_t done)> progress;  // matrices
   // Sees every linear of the blocks, from the last block to the first: inputs [n,K] and gradients of the outputs [n,N] of the real

@@ -120,7 +120,7 @@ TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, c
   for (const ModelInput& input : set.inputs) batches.push_back(input.ids.size(0));
   Json depends{{"by", row.name}, {"calibration", set.hash}, {"batches", batches}, {"metrics", metrics != nullptr}};
   if (bf16) depends["precision"] = "bf16";
-  const std::filesystem::path file = measurement_file(context, model, "token-weights/1", depends, ".safetensors");
+  const std::filesystem::path file = measurement_file(context, model, "token-weights/2", depends, ".safetensors");
   const auto metric_name = [](std::size_t layer) { return str("block.", layer, ".metric"); };
   TokenWeights weights;
   const bool known = recall_measurement(context, file, "token weights", [&] {

@@ -141,6 +141,7 @@ void subtract_means(SecondMoments& moments) {
 
 SequentialCalibration::SequentialCalibration(Transformer& model, const CalibrationSet& set, const CalibrationOptions& options)
     : model_(model), set_(set), options_(options), quantized_(make_stream()), teacher_(make_stream()) {
+  TORCH_CHECK(!options_.bf16 || !options_.float64, "moments of float64 are not made from rounded inputs");
   if (options_.teacher) embed(teacher_);
 }
 
@@ -256,7 +257,9 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
         for (std::size_t i = 0; i < x.size(); ++i) weight.push_back((*weights[k])[first + i].to(x[i].options().dtype(options_.float64 ? at::kDouble : at::kFloat)).unsqueeze(1));
       const auto weighted = [&](const Rows& rows) {
         Rows product = rows;
-        for (std::size_t i = 0; i < weight.size(); ++i) product[i] = rows[i] * weight[i];
+        for (std::size_t i = 0; i < weight.size(); ++i) product[i] = rows[i] * (options_.bf16 ? weight[i].sqrt() : weight[i]);
+        for (at::Tensor& some : product)
+          if (options_.bf16) some = some.to(at::kBFloat16);
         return product;
       };
       double& whole = weight_seen[k];
@@ -270,21 +273,23 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
         }
         continue;
       }
-      // Sums until the end; rows weighted on one side of every product.
-      const Rows left = weighted(x);
+      // Sums until the end. Rows are weighted on one side of every product; rounded ones by the root of the weight on both, and means are taken
+      // of what is multiplied: neither moments nor covariances of rounded rows have a negative direction then.
+      const Rows left = weighted(x), right = options_.bf16 ? left : x;
       const auto sum = [&](at::Tensor& value, const Rows& rows) {
         if (!value.defined()) value = at::zeros({rows[0].size(1)}, rows[0].options().dtype(at::kDouble));
-        for (const at::Tensor& some : rows) value += some.sum(0, false, at::kDouble);
+        for (std::size_t i = 0; i < rows.size(); ++i) value += (options_.bf16 && !weight.empty() ? rows[i] * weight[i].sqrt() : rows[i]).sum(0, false, at::kDouble);
       };
       const auto add = options_.bf16 ? add_gram_bf16 : add_gram;
-      add(out.hessian, left, x, true);
+      add(out.hessian, left, right, true);
       if (options_.means) sum(out.mean, left);
       if (cross) {
-        add(out.cross, teacher, left, false);
-        if (options_.means) sum(out.teacher_mean, weighted(teacher));
+        const Rows others = options_.bf16 || options_.means ? weighted(teacher) : Rows();
+        add(out.cross, options_.bf16 ? others : teacher, left, false);
+        if (options_.means) sum(out.teacher_mean, others);
       }
       if (!out.half.defined() && seen >= half && end < batches) {
-        out.half = mirrored(out.hessian, 1 / positive(whole)), out.half_tokens = seen, out.half_share = whole;
+        out.half = mirrored(out.hessian, whole > 0 ? 1 / whole : 0), out.half_tokens = seen, out.half_share = whole;
         if (options_.means) out.half_mean = out.mean / positive(whole);
       }
     }
@@ -296,7 +301,7 @@ std::vector<SecondMoments> SequentialCalibration::moments(std::int64_t layer, Bl
     out.half_share = out.half_share / whole;
     for (at::Tensor* value : {&out.square, &out.cross, &out.mean, &out.teacher_mean})
       if (value->defined()) value->div_(whole);
-    if (out.hessian.defined()) out.hessian = mirrored(out.hessian, 1 / whole);
+    if (out.hessian.defined()) out.hessian = mirrored(out.hessian, weight_seen[k] > 0 ? 1 / whole : 0);
   }
   return moments;
 }

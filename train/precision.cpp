@@ -55,11 +55,12 @@ AutocastGuard::~AutocastGuard() {
 
 RoundedWeights::RoundedWeights(const std::vector<Linear*>& linears) {
   for (Linear* linear : linears)
-    if (!linear->transform) held_.emplace_back(linear, std::exchange(linear->weight, linear->weight.detach().to(at::kBFloat16)));
+    if (!linear->transform) held_.emplace_back(linear, linear->weight.detach().to(at::kBFloat16));
+  for (auto& [linear, weight] : held_) std::swap(linear->weight, weight);  // when nothing can fail any more
 }
 
 RoundedWeights::~RoundedWeights() {
-  for (auto& [linear, weight] : held_) linear->weight = std::move(weight);
+  for (auto& [linear, weight] : held_) std::swap(linear->weight, weight);
 }
 
 }  // namespace kompakt

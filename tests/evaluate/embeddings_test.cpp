@@ -91,4 +91,5 @@ TEST_CASE("vectors of texts: of length one, in their order, whatever the batches
   const auto broken = encoder.clone();
   broken->tokens.weight[5].fill_(INFINITY);
   CHECK(contains_all(error_text([&] { embed_texts(*broken, texts, 0); }), {"the vector of a text is not finite", "text 3"}));
+  CHECK(contains_all(error_text([&] { embed_texts(*broken, texts, 0, 64, {}, [](std::int64_t text) { return 10 * text; }); }), {"text 20"}));
 }

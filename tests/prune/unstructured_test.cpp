@@ -248,6 +248,7 @@ TEST_CASE("unstructured pruning: what cannot be is refused before anything is co
   const auto refusal = [&](const std::string& inner) { return error_text([&] { pruned_config(config, sparse_options("{unstructured: {" + inner + "}}")); }); };
   CHECK(contains_all(refusal("criterion: wanda"), {"needs a sparsity or a pattern"}));
   CHECK(contains_all(refusal("sparsity: 0.5, pattern: \"2:4\""), {"two different things"}));
+  CHECK(contains_all(refusal("sparsity: 0.5, criterion: magnitude, calibration_precision: bf16"), {"unstructured.calibration_precision", "magnitude makes no pass", "leave the key out"}));
   CHECK(contains_all(refusal("pattern: half"), {"half", "2:4"}));
   CHECK(contains_all(refusal("pattern: \"4:4\""), {"4:4"}));
   CHECK(contains_all(refusal("pattern: \"8:16\""), {"24 weights", "groups of 16", "nearest: 6:12", "skip"}));

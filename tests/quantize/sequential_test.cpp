@@ -203,6 +203,13 @@ TEST_CASE("moments and activations of passes in bfloat16 are those of float32 bu
           CHECK(close(b[i].half, a[i].half));
           CHECK(close(b[i].cross, a[i].cross));
           CHECK(close(b[i].mean, a[i].mean));
+          // Of rounded rows exactly: covariances have no negative direction, moments neither.
+          SecondMoments centred = b[i];
+          subtract_means(centred);
+          for (const at::Tensor& h : {b[i].hessian, centred.hessian}) {
+            const at::Tensor values = at::linalg_eigvalsh(h.to(at::kDouble));
+            CHECK(values.min().item<double>() > -1e-6 * values.max().item<double>());
+          }
           CHECK(b[i].half_share == a[i].half_share);
         }
         CHECK_FALSE(at::equal(b[0].hessian, a[0].hessian));
