@@ -10,6 +10,13 @@ std::vector<std::string> masked_size_lines(const Json& report) {
   const Json* stages = find_json(report, {"stages"});
   if (!stages || !stages->is_array()) return lines;
   for (const Json& stage : *stages) {
+    // Of a stage that has chosen zeros: prune, or quantize with sparse.
+    if (const Json* sparsity = find_json(stage, {"details", "sparsity"}); sparsity && sparsity->is_object()) {
+      const double weights = number_at(*sparsity, "weights").value_or(0), zeros = number_at(*sparsity, "zeros").value_or(0);
+      const auto matrices = sparsity->contains("layers") && sparsity->at("layers").is_array() ? sparsity->at("layers").size() : 0;
+      const auto text = [&](const char* key) { return json_get_or<std::string>(*sparsity, key, "details.sparsity", ""); };
+      if (weights > 0) lines.push_back(str(stage.value("name", ""), ": ", fixed(100 * zeros / weights, 1), "% of the weights of ", matrices, matrices == 1 ? " matrix" : " matrices", " is zero (", text("criterion"), ", ", text("pattern"), ")"));
+    }
     const Json* reopened = find_json(stage, {"details", "reopened"});
     if (!reopened || !reopened->is_object()) continue;
     for (const auto& [format, proof] : reopened->items()) {

@@ -3,6 +3,7 @@
 
 #include "core/text.h"
 #include "report/html.h"
+#include "report/masked_size.h"
 #include "tests/support.h"
 
 using namespace kompakt;
@@ -47,4 +48,15 @@ TEST_CASE("a search shows its frontier, its candidates and which of them was mea
   const std::string html = html_search(report);
   CHECK(contains_all(html, {"id=\"search\"", "02-search", "class=\"cloud\"", "<tr class=\"artifact\"><td>3 layers, ffn 32, 4 heads</td>", "used vocabulary", "measured"}));
   CHECK(html_search(parse_json(R"({"stages": [{"name": "x", "details": {}}]})", "test")).empty());
+}
+
+TEST_CASE("masked weights are told per stage that has chosen them, and per format with what they take") {
+  const auto lines = [](const std::string& stages) { return masked_size_lines(parse_json("{\"stages\": [" + stages + "]}", "test")); };
+  CHECK(lines(R"({"name": "01-prune", "details": {}}, {"name": "02-quantize"})").empty());
+  CHECK(lines(R"({"name": "01-prune", "details": {"sparsity": {"weights": 0, "zeros": 0, "layers": []}}})").empty());
+  const auto told = lines(R"({"name": "02-quantize", "details": {"sparsity": {"criterion": "sparsegpt", "pattern": "2:4", "weights": 400, "zeros": 199, "layers": [{}, {}]}}},
+                             {"name": "03-export", "details": {"reopened": {"gguf": {"bytes": 1000, "zstd_bytes": 700, "masked": {"weights": 400, "zeros": 199}}, "kompakt": {"bytes": 1000}}}})");
+  REQUIRE(told.size() == 2);
+  CHECK(told[0] == "02-quantize: 49.8% of the weights of 2 matrices is zero (sparsegpt, 2:4)");
+  CHECK(told[1] == "gguf: 1.00 kB on disk, 700 B after zstd; 49.8% of the pruned matrices is zero, stored like any weight");
 }
