@@ -1,5 +1,5 @@
 // The sweep: rows are independent once the factor U of the inverse Hessian is known and the mask of a block is chosen. Inside a
-// block of columns each row runs alone, the columns to the right are updated by one matrix product.
+// block of columns each row runs alone; what the blocks before it have left behind comes in one matrix product.
 #include "prune/sparsegpt.h"
 
 #include <ATen/ATen.h>
@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "core/text.h"
 #include "model/parallel.h"
+#include "model/products.h"
 #include "train/calibration.h"
 #include "train/sparsity_choice.h"
 
@@ -20,7 +21,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr std::int64_t sparsegpt_row_chunk = 64;
+constexpr std::int64_t sparsegpt_row_chunk = 96;
 
 // w[i] -= e * u[i]
 void sparsegpt_subtract(float* w, const float* u, float e, std::int64_t n) {
@@ -43,7 +44,7 @@ InputMetric input_metric(const Tensor& hessian, double damping, bool factorize) 
   TORCH_CHECK(hessian.defined() && hessian.dim() == 2 && hessian.size(0) == hessian.size(1), "a [K,K] second moment is needed");
   InputMetric metric;
   metric.hessian = hessian.detach().to(at::kCPU, at::kFloat).clone();
-  if (!metric.hessian.isfinite().all().item<bool>()) throw Error("the calibration inputs of a layer are not finite").hint("an activation has overflowed: check the model on the calibration data");
+  if (!std::isfinite(metric.hessian.sum(at::kDouble).item<double>())) throw Error("the calibration inputs of a layer are not finite").hint("an activation has overflowed: check the model on the calibration data");
   metric.dead = metric.hessian.diagonal().le(0);
   metric.dead_count = metric.dead.sum().item<std::int64_t>();
   if (metric.dead_count > 0) metric.hessian.diagonal().masked_fill_(metric.dead, 1);
@@ -70,27 +71,31 @@ SparseMatrix sparsegpt(const Tensor& weight, const InputMetric& metric, const Sp
   Tensor loss = at::zeros({rows}, at::kDouble);
   double* row_loss = loss.data_ptr<double>();
 
+  Tensor errors = u ? at::zeros({rows, columns}, at::kFloat) : Tensor();  // their negatives, e_j / U_jj
+  float* error = u ? errors.data_ptr<float>() : nullptr;
   for (std::int64_t from = 0; from < columns; from += width) {
     const std::int64_t to = std::min(columns, from + width);
+    if (u && from > 0)
+      sparsegpt_rows(rows, sparsegpt_row_chunk, [&](std::int64_t first, std::int64_t end) {
+        Tensor part = out.weight.slice(0, first, end).slice(1, from, to);
+        matrix_product(part, errors.slice(0, first, end).slice(1, 0, from), upper.slice(0, 0, from).slice(1, from, to), /*add=*/true);
+      });
     if (!pattern.grouped()) choose_share(w, diag, rows, columns, from, to, pattern.sparsity, gone);
     sparsegpt_rows(rows, sparsegpt_row_chunk, [&](std::int64_t first, std::int64_t end) {
-      Tensor errors = at::zeros({end - first, to - from}, at::kFloat);
-      float* error = errors.data_ptr<float>();
       for (std::int64_t r = first; r < end; ++r) {
         float* row = w + r * columns;
         std::uint8_t* row_gone = gone + r * columns;
-        float* row_error = error + (r - first) * (to - from);
         for (std::int64_t j = from; j < to; ++j) {
           if (pattern.grouped() && j % pattern.m == 0) choose_in_group(row + j, diag + j, pattern, row_gone + j);
           if (!row_gone[j]) continue;
           const float e = row[j] / diag[j];
           row[j] = 0;
-          row_error[j - from] = e;
           row_loss[r] += static_cast<double>(e) * e;
-          if (u) sparsegpt_subtract(row + j + 1, u + j * columns + j + 1, e, to - j - 1);
+          if (!u) continue;
+          error[r * columns + j] = -e;
+          sparsegpt_subtract(row + j + 1, u + j * columns + j + 1, e, to - j - 1);
         }
       }
-      if (u && to < columns) out.weight.slice(0, first, end).slice(1, to).sub_(at::matmul(errors, upper.slice(0, from, to).slice(1, to)));
     });
   }
   out.mask = removed.eq(0);
