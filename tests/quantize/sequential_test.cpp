@@ -77,6 +77,9 @@ TaskData sequential_examples(std::int64_t count = 60) {
   return data;
 }
 
+// More than one batch of either kind.
+TaskData sequential_data(bool encoder) { return encoder ? sequential_examples(150) : sequential_text(6, 400); }
+
 StageContext sequential_context(const TaskData& data) {
   StageContext context;
   context.data = &data, context.title = "quantize", context.seed = 2;
@@ -113,13 +116,10 @@ at::Tensor recorded_inputs(const Transformer& model, const CalibrationSet& set, 
 
 TEST_CASE("moments part by part equal moments of recorded inputs, padding left out", "[quantize][sequential]") {
   at::NoGradGuard no_grad;
-  auto bert = sequential_bert();
-  const TaskData examples = sequential_examples(150);
-  auto llama = sequential_llama(2);
-  const TaskData text = sequential_text(6, 400);
   for (const bool encoder : {true, false}) {
-    Transformer& model = encoder ? *bert : *llama;
-    const TaskData& data = encoder ? examples : text;
+    const auto held = encoder ? sequential_bert() : sequential_llama(2);
+    Transformer& model = *held;
+    const TaskData data = sequential_data(encoder);
     const StageContext context = sequential_context(data);
     const CalibrationSet set = calibration_set(context, 140);
     CHECK(set.sequences == (encoder ? 140 : 6));
@@ -175,13 +175,11 @@ TEST_CASE("moments part by part equal moments of recorded inputs, padding left o
 
 TEST_CASE("moments and activations of passes in bfloat16 are those of float32 but for roundings", "[quantize][sequential]") {
   at::NoGradGuard no_grad;
-  auto bert = sequential_bert();
-  const TaskData examples = sequential_examples(150);
-  auto llama = sequential_llama(2);
-  const TaskData text = sequential_text(6, 400);
   for (const bool encoder : {true, false}) {
-    Transformer& model = encoder ? *bert : *llama;
-    const CalibrationSet set = calibration_set(sequential_context(encoder ? examples : text), 140);
+    const auto held = encoder ? sequential_bert() : sequential_llama(2);
+    Transformer& model = *held;
+    const TaskData data = sequential_data(encoder);
+    const CalibrationSet set = calibration_set(sequential_context(data), 140);
     const std::string before = fingerprint(model);
     const CalibrationOptions exact{.teacher = true, .means = true};
     CalibrationOptions low = exact;
