@@ -42,7 +42,7 @@ Tensor cross_uld(const TextAlignment& alignment, const HiddenAndHead& student, c
                          [&](const Tensor& s, const Tensor& t, bool gradient) { return cross_sums(universal_logit_distance(s, t, temperature, gradient), temperature); });
 }
 
-// Fewer others than one of so many columns (special tokens, padding rows) are no place for what the other side's own tokens weigh.
+// Fewer others than one of so many columns (special tokens) are no place for what the other side's own tokens weigh.
 constexpr std::int64_t cross_others = 64;
 
 // Logits of the shared tokens and, with `rest`, behind them the logsumexp of all others.
@@ -93,6 +93,14 @@ constexpr std::array<CrossLoss, 3> cross_table{{
     {"spans", "KL of the probabilities of text spans that both tokenizers end at the same byte", cross_spans},
 }};
 
+// Without the rows of a head that no token belongs to: they take no probability on either side and learn nothing.
+HiddenAndHead cross_tokens(HiddenAndHead side, std::int64_t ids) {
+  if (ids <= 0 || ids >= side.weight.size(0)) return side;
+  side.weight = side.weight.narrow(0, 0, ids);
+  if (side.bias.defined()) side.bias = side.bias.narrow(0, 0, ids);
+  return side;
+}
+
 }  // namespace
 
 std::span<const CrossLoss> cross_losses() { return cross_table; }
@@ -137,7 +145,8 @@ Tensor CrossTokenizerObjective::loss(const ObjectiveInput& input, std::vector<Lo
   const HeadWeights head = head_weights(input.student);
   const Tensor hidden = (transform ? transform(input.hidden) : input.hidden).flatten(0, 1);
   const Tensor mean = alignment.spans == 0 ? hidden.sum() * 0
-                                           : row_->evaluate(alignment, {hidden, head.weight, head.bias}, {teacher.hidden.flatten(0, 1), teacher.head_weight, teacher.head_bias}, temperature_);
+                                           : row_->evaluate(alignment, cross_tokens({hidden, head.weight, head.bias}, alignment.student_ids),
+                                                            cross_tokens({teacher.hidden.flatten(0, 1), teacher.head_weight, teacher.head_bias}, alignment.teacher_ids), temperature_);
   const Tensor value = input.weight == 1 ? mean : mean * input.weight;
   const Tensor mask = objective_token_mask(input);
   parts.push_back({std::string("cross_") + std::string(row_->name), value});

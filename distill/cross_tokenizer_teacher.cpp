@@ -125,6 +125,7 @@ class CrossTokenizerTeacher final : public TeacherSource {
     }
     auto alignment = std::make_shared<TextAlignment>(builder.finish(device_));
     alignment->student_shared = student_shared_, alignment->teacher_shared = teacher_shared_;
+    alignment->student_ids = student_.tokenizer.vocab_size(), alignment->teacher_ids = teacher_.tokenizer.vocab_size();
     return {batch.ids, batch.documents, batch.prompts, std::move(own), std::move(alignment)};
   }
 

@@ -29,6 +29,7 @@ struct TextAlignment {
   at::Tensor teacher_positions, teacher_tokens, teacher_spans;  // [n_t]
   std::int64_t spans = 0;
   at::Tensor student_shared, teacher_shared;  // [K] ids of the tokens that both vocabularies have
+  std::int64_t student_ids = 0, teacher_ids = 0;  // of the tokenizers: rows of the heads behind them are padding; 0 = not known
 };
 
 // Collects spans of documents; places are of the flattened batch.

@@ -2,7 +2,8 @@
 //
 // Protocol: non-overlapping windows of equal length, no BOS added, positions 1..length-1 scored given everything before in
 // the window. Log-probabilities in float32 with max subtraction, KL = sum p (log p - log q) over the full vocabulary, sums in
-// double. Logits are made `chunk` positions at a time: never windows x vocabulary at once.
+// double. Of heads with different numbers of rows (padding behind a shared vocabulary) KL is over the rows of both: p among those alone, q of
+// the whole head, so that probability which the student leaves in its padding counts against it. Logits are made `chunk` positions at a time: never windows x vocabulary at once.
 #pragma once
 
 #include <cstdint>

@@ -420,14 +420,17 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
     if (text && !is_teacher) name_teacher();
     // Distributions over different tokens cannot be compared.
     const bool same_tokens = text && !is_teacher && tokenizer->fingerprint() == teacher_tokenizer_->fingerprint();
-    const bool comparable = same_tokens && model->config().vocab == teacher_.config().vocab;
+    // Rows behind the tokenizer's ids are padding: there may be more on one side.
+    const std::int64_t rows = std::min(model->config().vocab, teacher_.config().vocab);
+    const bool same_rows = model->config().vocab == teacher_.config().vocab;
+    const bool comparable = same_tokens && (same_rows || (rows >= tokenizer->vocab_size() && !evaluate_.has_cache));
     TokenizedData& tokenized = data_for(tokenizer, model->config());
     if (comparable && holds_teacher_apart()) answering_.release();
     const bool cached = comparable && evaluate_.has_cache && !tokenized.test_windows.empty();
     const std::shared_ptr<const Transformer> other = comparable && !cached ? teacher_.model() : nullptr;
     const Baselines baselines{is_teacher || !teacher_scores_ ? nullptr : &*teacher_scores_, other.get(), cached ? test_outputs(tokenized) : nullptr, versus_start ? &*start_scores_ : nullptr};
     scores = measure(*model, tokenized, evaluate_.measure, baselines, label, out);
-    if (text && !is_teacher && !comparable) out["nulls"]["kl"] = same_tokens ? str("the model has a head of ", model->config().vocab, " rows, the teacher one of ", teacher_.config().vocab) : "the teacher has another tokenizer";
+    if (text && !is_teacher && !comparable) out["nulls"]["kl"] = same_tokens ? str("the model has a head of ", model->config().vocab, " rows, the teacher one of ", teacher_.config().vocab, evaluate_.has_cache ? " (leave evaluate.cache out to compare them)" : "") : "the teacher has another tokenizer";
     if (evaluate_.cascade && artifact && teacher_scores_ && !text && !scores.test.labels.empty()) out["cascade"] = cascade_curve(scores.test, teacher_scores_->test, tokenized.test.labels);
   } else {
     out["nulls"] = Json{{"accuracy", data_.has_test() ? recipe_.has_labels() ? "the model has no classifier" : "the texts have no labels" : "the recipe has no test data"}};

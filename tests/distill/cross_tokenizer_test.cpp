@@ -274,6 +274,49 @@ TEST_CASE("objectives between tokenizers: zero for one and the same model and to
   student->requires_grad(false);
 }
 
+TEST_CASE("objectives between tokenizers: rows of a head that no token belongs to take no probability and learn nothing", "[padding]") {
+  const auto mine = word_tokenizer(), other = other_tokenizer();
+  const std::shared_ptr<Transformer> student = text_model(mine->vocab_size() + 9, 3), teacher = text_model(other->vocab_size() + 5, 4);
+  const TokenBatch batch = batch_of_rows({mine->encode("the cat sat on the mat", false, false), mine->encode("a cat that sat there", false, false)});
+  const ModelInput input = to_input(batch, c10::Device(c10::kCPU));
+  const auto source = cross_tokenizer_teacher(teacher, *mine, *other);
+  for (const CrossLoss& row : cross_losses()) {
+    INFO(row.name);
+    ObjectiveShapes shapes = objective_shapes(*student, teacher->config(), 0);
+    shapes.crossed = true;
+    Problems problems;
+    const auto objective = build_objectives(parse_yaml(str("[{cross_tokenizer: ", row.name, "}]"), "test"), {}, problems, shapes).at(0);
+    at::Tensor& head = student->lm_head.weight.defined() ? student->lm_head.weight : student->tokens.weight;
+    const auto evaluate = [&](double padding) {  // value, largest gradient of a padding row, of another row
+      {
+        const at::NoGradGuard no_grad;
+        head.narrow(0, mine->vocab_size(), 9).fill_(padding);
+        teacher->tokens.weight.narrow(0, other->vocab_size(), 5).fill_(padding);
+        if (teacher->lm_head.weight.defined()) teacher->lm_head.weight.narrow(0, other->vocab_size(), 5).fill_(padding);
+      }
+      student->requires_grad(true);
+      const TapMap taps;
+      const at::Tensor none;
+      const TeacherTargets targets = source->targets(batch);
+      CHECK(targets.head_weight.size(0) == other->vocab_size() + 5);
+      std::vector<LossPart> parts;
+      const at::Tensor value = objective->loss({*student, input, batch, none, student->hidden(input), taps, &targets}, parts);
+      value.backward();
+      const at::Tensor gradient = head.grad().abs();
+      const std::array<double, 3> out{value.item<double>(), gradient.narrow(0, mine->vocab_size(), 9).max().item<double>(), gradient.max().item<double>()};
+      for (const NamedParameter& parameter : student->parameters()) parameter.value->mutable_grad() = at::Tensor();
+      student->requires_grad(false);
+      return out;
+    };
+    const auto small = evaluate(0), large = evaluate(2);
+    CHECK(small[0] > 1e-3);
+    CHECK(large[0] == small[0]);
+    CHECK(small[1] == 0);
+    CHECK(large[1] == 0);
+    CHECK(large[2] > 1e-5);
+  }
+}
+
 TEST_CASE("a mean over spans: four micro batches, on one rank or two, give the losses of one large batch") {
   const auto mine = word_tokenizer(), other = other_tokenizer();
   const std::shared_ptr<Transformer> teacher = text_model(other->vocab_size(), 4);
