@@ -23,6 +23,9 @@ namespace {
 
 using at::Tensor;
 
+// A mean over fewer or more comparisons than others of the step have, as a part of the step's mean.
+Tensor objective_share(const Tensor& mean, const ObjectiveInput& input) { return input.weight == 1 ? mean : mean * input.weight; }
+
 std::string objective_tap(std::int64_t layer, const char* what) { return str("layer.", layer, ".", what); }
 
 class HiddenObjective final : public Objective {
@@ -47,6 +50,8 @@ class HiddenObjective final : public Objective {
     }
   }
   std::vector<std::pair<std::string, Tensor>> parameters() override { return projections_; }
+  bool counts_comparisons() const override { return true; }  // classes: tokens, of which texts have more or fewer
+  std::int64_t comparisons(const TokenBatch& batch, TeacherSource&) const override { return batch.labels.empty() ? count_targets(batch) : batch.tokens(); }
 
   Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) override {
     const Tensor mask = objective_token_mask(input);
@@ -58,7 +63,7 @@ class HiddenObjective final : public Objective {
       const Tensor part = cosine_ ? hidden_cosine(student, teacher, mask, projection) : hidden_mse(student, teacher, mask, projection, normalize_);
       total = total.defined() ? total + part : part;
     }
-    total = total / static_cast<double>(layers_.size());
+    total = objective_share(total / static_cast<double>(layers_.size()), input);
     parts.push_back({cosine_ ? "hidden_cosine" : "hidden_mse", total});
     return total * weight_;
   }
@@ -86,12 +91,15 @@ class RelationObjective final : public Objective {
       teacher.insert(objective_tap(teacher_layer_, part));
     }
   }
+  bool counts_comparisons() const override { return true; }  // every token's relations to the others
+  std::int64_t comparisons(const TokenBatch& batch, TeacherSource&) const override { return batch.tokens(); }
   Tensor loss(const ObjectiveInput& input, std::vector<LossPart>& parts) override {
     Tensor total;
     for (const char* part : parts_) {
       const Tensor value = relation_loss(input.taps.at(objective_tap(layer_, part)), objective_teacher(input).taps.at(objective_tap(teacher_layer_, part)), input.input.lengths, input.input.documents, options_);
       total = total.defined() ? total + value : value;
     }
+    total = objective_share(total, input);
     parts.push_back({"relation", total});
     return total * weight_;
   }

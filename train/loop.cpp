@@ -9,7 +9,6 @@
 #include <cmath>
 #include <csignal>
 #include <limits>
-#include <set>
 #include <utility>
 
 #include "core/error.h"
@@ -22,10 +21,10 @@
 #include "distributed/collective.h"
 #include "train/attachment.h"
 #include "train/bad_batch.h"
+#include "train/batch_loss.h"
 #include "train/batch_sampler.h"
 #include "train/clip.h"
 #include "train/data_parallel.h"
-#include "train/dev_score.h"
 #include "train/ema.h"
 #include "train/lora.h"
 #include "train/mask.h"
@@ -35,8 +34,6 @@
 #include "train/schedule.h"
 #include "train/state.h"
 #include "train/step_batches.h"
-#include "train/targets.h"
-#include "train/teacher.h"
 #include "train/telemetry.h"
 
 namespace kompakt {
@@ -56,31 +53,20 @@ class TrainingRun {
   TrainingRun(Transformer& model, const TrainOptions& options, const std::vector<std::shared_ptr<Objective>>& objectives, const std::vector<std::shared_ptr<Constraint>>& constraints, StageContext& context,
               TrainMonitor* monitor)
       : model_(model), options_(options), objectives_(objectives), constraints_(constraints), context_(context), monitor_(monitor), data_(check_data()),
-        schedule_(find_schedule(options.schedule)), bf16_(use_bf16(options.precision, context.device)), classification_(data_.kind == TaskData::Kind::classification) {
-    if (objectives_.empty()) throw std::logic_error("train: no objective");
+        schedule_(find_schedule(options.schedule)), bf16_(use_bf16(options.precision, context.device)), classification_(data_.kind == TaskData::Kind::classification),
+        loss_(model, objectives, context, bf16_) {
     if (monitor_ && context_.ranks) throw std::logic_error("train: a monitor watches one process");
     if (context_.ranks) check_world_fits(options_.batch_size, options_.accumulate, context_.ranks->world(), context_.title);
     loop_keep_memory();
     check_model();
     if (model_.device() != context_.device) model_.to(context_.device);
-    for (const auto& objective : objectives_) {
-      std::set<std::string> student;
-      objective->request_taps(student, teacher_taps_);
-      student_taps_.insert(student.begin(), student.end());
-      needs_teacher_ = needs_teacher_ || objective->needs_teacher();
-      needs_logits_ = needs_logits_ || objective->needs_logits();
-    }
-    needs_teacher_ = needs_teacher_ || !teacher_taps_.empty();
-    if (context_.watched && !context_.teacher) throw std::logic_error("train: what is watched needs a teacher");
-    if (needs_teacher_ && !context_.teacher) throw Error("an objective needs a teacher, and the run has none").at(context_.title).hint("name a teacher in the recipe, or use labels alone");
-    if (classification_) student_taps_.insert("final");
   }
 
   TrainResult run() {
     const std::uint64_t order_seed = CounterRandom(context_.seed, "data-order").key();
     const StepBatches batches(data_, options_, order_seed);
     steps_ = batches.steps();
-    if (needs_teacher_ || context_.watched) leader_first(context_.ranks, [&] { context_.teacher->prepare(teacher_taps_); });
+    if (loss_.needs_teacher() || context_.watched) leader_first(context_.ranks, [&] { context_.teacher->prepare(loss_.teacher_taps()); });
     if (context_.ranks) share_weights(*context_.ranks, model_);
     identity_ = identity();
     if (context_.ranks) context_.ranks->check_equal(identity_.dump(), "model, teacher, data or options", "all ranks need the same recipe, data and version of kompakt");
@@ -149,13 +135,13 @@ class TrainingRun {
   }
 
   void check_model() const {
-    if (unlabelled()) {
+    if (is_unlabelled(data_)) {
       if (!model_.config().family->encoder || model_.classifier.weight.defined())
         throw Error("texts without labels train encoders that give a vector for each").at(context_.title).given(model_.classifier.weight.defined() ? "a classifier" : std::string(model_.config().family->name)).hint("give the data labels (format: classification) or running text (format: text)");
     } else if (classification_ && !model_.classifier.weight.defined()) {
       throw Error("the model has no classifier to train on class labels").at(context_.title).hint("start with the stage finetune, which adds one to an encoder");
     }
-    if (unlabelled()) return;
+    if (is_unlabelled(data_)) return;
     if (classification_) {
       const std::int64_t classes = model_.classifier.out_features();
       for (const TokenizedExamples* set : {&data_.train, &data_.dev}) {
@@ -180,7 +166,7 @@ class TrainingRun {
     out["steps"] = steps_;
     out["data"] = data_.hash;
     out["model"] = fingerprint(model_);
-    out["teacher"] = needs_teacher_ ? Json(context_.teacher->fingerprint()) : Json();
+    out["teacher"] = loss_.needs_teacher() ? Json(context_.teacher->fingerprint()) : Json();
     out["precision"] = bf16_ ? "bf16" : "float32";
     if (context_.sampler) out["sampler"] = context_.sampler->identity();
     out["constraints"] = Json::array();
@@ -265,7 +251,7 @@ class TrainingRun {
 
   void score_epoch(const StepBatches& batches) {
     ema_->swap();
-    last_score_ = parallel_->from_leader(parallel_->leader() ? held_out_score() : 0.0);  // the others wait
+    last_score_ = parallel_->from_leader(parallel_->leader() ? loss_.held_out_score(options_.batch_size, options_.sequence_length) : 0.0);  // the others wait
     if (!std::isnan(last_score_)) keep_score(batches);
     ema_->swap();
   }
@@ -287,91 +273,6 @@ class TrainingRun {
     check_interrupted();
   }
   bool enough() const { return (monitor_ && monitor_->enough()) || (options_.stop_after > 0 && stale_ >= options_.stop_after); }
-
-  bool unlabelled() const { return classification_ && data_.labels.empty(); }
-
-  // Of texts without labels: minus what is minimised, on the development set.
-  double objective_score() {
-    if (data_.dev.ids.empty()) return std::numeric_limits<double>::quiet_NaN();
-    double total = 0;
-    for (const TokenBatch& batch : ClassificationBatches(data_.dev, options_.batch_size, 0, 0, padding_id(data_)).evaluation(options_.batch_size)) {
-      std::vector<LossPart> parts;
-      total += micro_loss(batch, parts).item<double>() * static_cast<double>(batch.rows);
-    }
-    return -total / static_cast<double>(data_.dev.ids.size());
-  }
-
-  // Of text: minus the held-out mean of the part that an objective marks as score (KL to the teacher) where there is one.
-  double held_out_score() {
-    const at::NoGradGuard no_grad;
-    if (unlabelled()) return objective_score();
-    if (classification_ || !needs_teacher_) return plain_score();
-    double total = 0, count = 0;
-    for (const TokenBatch& batch : held_out_batches(data_.heldout, *context_.teacher, options_.sequence_length)) {
-      std::vector<LossPart> parts;
-      micro_loss(batch, parts);
-      const auto part = std::find_if(parts.begin(), parts.end(), [](const LossPart& p) { return p.score; });
-      if (part == parts.end()) return plain_score();
-      const auto targets = static_cast<double>(count_targets(batch));
-      total += part->value.item<double>() * targets;
-      count += targets;
-    }
-    return count > 0 ? -total / count : std::numeric_limits<double>::quiet_NaN();
-  }
-
-  double plain_score() const {
-    const AutocastGuard autocast(context_.device, bf16_);
-    return dev_score(model_, data_);
-  }
-
-  // `weights`: ObjectiveInput::weight of every objective; empty = 1.
-  at::Tensor micro_loss(const TokenBatch& batch, std::vector<LossPart>& parts, const std::vector<double>& weights = {}) {
-    AutocastGuard autocast(context_.device, bf16_);
-    const ModelInput input = to_input(batch, context_.device);
-    TapMap taps(student_taps_);
-    at::Tensor hidden, logits;
-    if (classification_) {
-      logits = model_.forward(input, &taps);
-      hidden = taps.at("final");
-    } else {
-      hidden = model_.hidden(input, &taps);
-      if (needs_logits_) logits = model_.head(hidden);
-    }
-    for (const std::string& name : student_taps_) {
-      if (!taps.values().count(name)) throw Error(str("the student has no value \"", name, "\"")).at(context_.title).given(name).hint("layers count from 0; see docs for the names of taps");
-    }
-    const bool watch = std::exchange(watch_, false);
-    TeacherTargets targets;
-    if (needs_teacher_ || watch) targets = context_.teacher->targets(batch);
-    at::Tensor total;
-    for (std::size_t i = 0; i < objectives_.size(); ++i) {
-      const at::Tensor value = objectives_[i]->loss({model_, input, batch, logits, hidden, taps, needs_teacher_ ? &targets : nullptr, weights.empty() ? 1 : weights[i]}, parts);
-      total = total.defined() ? total + value : value;
-    }
-    if (watch) {
-      const at::NoGradGuard no_grad;
-      context_.watched->loss({model_, input, batch, logits, hidden, taps, &targets}, watched_);
-    }
-    return total;
-  }
-
-  // [micro batch of `ours`][objective] for micro_loss(); empty where all means are over targets. `shares`: of the step's targets, by micro batch.
-  std::vector<std::vector<double>> comparison_weights(const std::vector<TokenBatch>& batches, const std::vector<std::size_t>& ours, const std::vector<double>& shares) {
-    if (std::none_of(objectives_.begin(), objectives_.end(), [](const auto& objective) { return objective->counts_comparisons(); })) return {};
-    std::vector<std::vector<double>> out(ours.size(), std::vector<double>(objectives_.size(), 1));
-    std::vector<double> totals(objectives_.size(), 0);
-    for (std::size_t o = 0; o < objectives_.size(); ++o) {
-      if (!objectives_[o]->counts_comparisons()) continue;
-      for (std::size_t k = 0; k < ours.size(); ++k) {
-        out[k][o] = static_cast<double>(objectives_[o]->comparisons(batches[ours[k]], *context_.teacher));
-        totals[o] += out[k][o];
-      }
-    }
-    totals = parallel_->sum(totals);
-    for (std::size_t o = 0; o < objectives_.size(); ++o)
-      for (std::size_t k = 0; k < ours.size() && totals[o] > 0; ++k) out[k][o] = out[k][o] / totals[o] / shares[ours[k]];
-    return out;
-  }
 
   // Gradients of the mean loss over all micro batches of a step, and its numbers. `draws`: stream of everything random in it.
   StepRecord compute(std::vector<TokenBatch>& batches, const char* draws, std::int64_t step) {
@@ -404,7 +305,7 @@ class TrainingRun {
 
     // Means over the whole step: a micro batch counts by its targets, or by what an objective compares instead, not as one of so many.
     for (double& count : counts) count /= all_targets;
-    const std::vector<std::vector<double>> comparisons = comparison_weights(batches, ours, counts);
+    const std::vector<std::vector<double>> comparisons = loss_.comparison_weights(batches, ours, counts, *parallel_);
     at::Tensor loss;
     std::vector<std::pair<std::string, at::Tensor>> parts;
     for (std::size_t k = 0; k < ours.size(); ++k) {
@@ -412,7 +313,7 @@ class TrainingRun {
       if (i > 0) reseed(i);
       const double weight = counts[i];
       std::vector<LossPart> micro_parts;
-      at::Tensor value = micro_loss(batches[i], micro_parts, comparisons.empty() ? std::vector<double>() : comparisons[k]);
+      at::Tensor value = loss_.evaluate(batches[i], micro_parts, comparisons.empty() ? std::vector<double>() : comparisons[k], std::exchange(watch_, false) ? &watched_ : nullptr);
       if (i == ours.back()) parallel_->before_last_backward();
       (weight == 1 ? value : value * weight).backward();
       at::NoGradGuard no_grad;
@@ -515,8 +416,7 @@ class TrainingRun {
   const TaskData& data_;
   const Schedule& schedule_;
   const bool bf16_, classification_;
-  bool needs_teacher_ = false, needs_logits_ = false;
-  std::set<std::string> student_taps_, teacher_taps_;
+  BatchLoss loss_;
   DataParallel* parallel_ = nullptr;  // live in run(), as the next three
   AdamW* optimizer_ = nullptr;
   EmaWeights* ema_ = nullptr;
