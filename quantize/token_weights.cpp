@@ -3,8 +3,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <optional>
 
 #include "core/error.h"
 #include "core/files.h"
@@ -27,6 +29,7 @@ constexpr TokenWeightRow token_weight_rows[] = {
 };
 
 constexpr std::size_t metric_lanes = 4;
+constexpr std::size_t weighing_round = 8;  // batches between two looks at the clock
 
 // Mean 1 over all tokens.
 at::Tensor weights_scaled(const std::string& name, const at::Tensor& squares, double exponent) {
@@ -49,6 +52,21 @@ std::vector<at::Tensor> weights_by_batch(const at::Tensor& all, const Calibratio
   return out;
 }
 
+// The batches that `state` holds the sums of: 0 without a record that belongs to this pass.
+std::size_t weighed_before(const WeighingRecord* record, const NamedTensors& state) {
+  std::size_t done = 0;
+  if (!record || !record->context.resume) return done;
+  const bool known = recall_measurement(record->context, record->file, "token weights of a part of the text", [&] {
+    const Json saved = read_state_json(record->file);
+    if (saved.at("identity") != record->identity) throw Error("of another text, model or version");
+    load_state(record->file, state);
+    done = saved.at("batches").get<std::size_t>();
+  });
+  if (known) return done;
+  for (const auto& [name, values] : state) values.zero_();  // part of it may have been read
+  return 0;
+}
+
 }  // namespace
 
 const TokenWeightRow* find_token_weights(std::string_view name) {
@@ -63,7 +81,7 @@ std::vector<std::string> token_weight_names() {
   return names;
 }
 
-TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics, bool bf16) {
+TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics, bool bf16, const WeighingRecord* record) {
   model.requires_grad(false);
   const RoundedWeights rounded(bf16 ? model.linears() : std::vector<Linear*>());
   // Made before everything else: small results left between large activations would keep the allocator from using their places again.
@@ -96,12 +114,26 @@ TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const 
       };
     measure_sensitivities(model, one, request);
   };
-  if (!metrics)
-    for_each_batch(model.device(), set.inputs.size(), [&](std::size_t b) { weigh(b, nullptr); });
-  else
-    for_each_batch(model.device(), lanes.size(), [&](std::size_t lane) {
-      for (std::size_t b = lane; b < set.inputs.size(); b += lanes.size()) weigh(b, &lanes[lane]);
-    });
+  NamedTensors state;
+  for (const auto& [name, values] : squares) state.emplace_back(name, values);
+  for (std::size_t lane = 0; lane < lanes.size(); ++lane)
+    for (std::size_t layer = 0; layer < lanes[lane].size(); ++layer) state.emplace_back(str("lane.", lane, ".", layer), lanes[lane][layer]);
+  const std::size_t all = set.inputs.size(), round = metrics ? lanes.size() : weighing_round;
+  std::size_t done = weighed_before(record, state);
+  std::optional<Progress> progress;
+  if (record) progress.emplace(record->context.title + " token weights", set.tokens, "token");
+  auto saved = std::chrono::steady_clock::now();
+  while (done < all) {
+    const std::size_t count = std::min(round, all - done);
+    for_each_batch(model.device(), count, [&](std::size_t i) { weigh(done + i, metrics ? &lanes[i] : nullptr); });
+    done += count;
+    if (!record) continue;
+    progress->update(first[done]);
+    if (done == all || std::chrono::steady_clock::now() - saved < record->interval) continue;
+    save_state(record->file, state, Json{{"identity", record->identity}, {"batches", done}});
+    saved = std::chrono::steady_clock::now();
+  }
+  if (progress) progress->finish();
   TokenWeights out;
   for (const auto& [name, all] : squares) out[name] = weights_by_batch(weights_scaled(name, all, row.exponent), set);
   if (!metrics) return out;
@@ -135,7 +167,9 @@ TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, c
   });
   if (known) return weights;
   log_info(str(context.title, ": weighs ", set.tokens, " calibration tokens by one backward pass"));
-  weights = token_weights(model, set, row, context.seed, metrics, bf16);
+  std::optional<WeighingRecord> record;
+  if (!context.work.empty()) record.emplace(WeighingRecord{context, context.work / "token-weights.safetensors", file.filename().string()});
+  weights = token_weights(model, set, row, context.seed, metrics, bf16, record ? &*record : nullptr);
   if (!file.empty()) {
     NamedTensors values;
     for (const auto& [name, parts] : weights) values.emplace_back(name, at::cat(parts));
@@ -143,6 +177,7 @@ TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, c
     make_folder(file.parent_path());
     save_state(file, values, Json::object());
   }
+  if (record) std::filesystem::remove(record->file);
   return weights;
 }
 

@@ -7,6 +7,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <chrono>
+#include <filesystem>
 #include <map>
 #include <string>
 #include <string_view>
@@ -34,11 +36,21 @@ using TokenWeights = std::map<std::string, std::vector<at::Tensor>>;
 // depend on the basis of the residual stream. Directions that later layers do not read cost nothing.
 using OutputMetrics = std::vector<at::Tensor>;
 
+// Of a pass that takes long: what it has so far, on disk, so that a killed run goes on behind the last batches that were saved, to the same bits.
+struct WeighingRecord {
+  const StageContext& context;     // the title of the progress bar; an earlier part is taken over where the stage resumes
+  std::filesystem::path file;
+  std::string identity;            // what the numbers depend on: another one's part is left alone
+  std::chrono::seconds interval{30};  // between two times that it is written
+};
+
 // For labels drawn from the model's own predictions. One forward and one backward pass through every block, batches beside each
 // other; memory: tokens of a batch x hidden x layers floats a thread. The same bits for any number of threads. `model` holds its
-// float weights; a decoder or a classifier. `bf16`: passes through the blocks under autocast, with 2 bytes a weight more. Error where a gradient is not finite. `metrics`, where given, are made by the same pass: five
-// times their memory while it runs, and at most four batches beside each other.
-TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics = nullptr, bool bf16 = false);
+// float weights; a decoder or a classifier. `bf16`: passes through the blocks under autocast, with 2 bytes a weight more. Error where a gradient
+// is not finite. `metrics`, where given, are made by the same pass: five times their memory while it runs, and at most four batches beside
+// each other. `record`: null = no bar, and a kill costs the pass.
+TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, std::uint64_t seed, OutputMetrics* metrics = nullptr, bool bf16 = false,
+                           const WeighingRecord* record = nullptr);
 
 // The same, kept for runs that go on or have other options (train/measurement.h). 4 bytes a token and linear on disk.
 TokenWeights kept_token_weights(Transformer& model, const CalibrationSet& set, const TokenWeightRow& row, const StageContext& context, OutputMetrics* metrics = nullptr, bool bf16 = false);

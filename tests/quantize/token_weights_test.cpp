@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/error.h"
@@ -15,6 +16,7 @@
 #include "tests/catch_torch.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
+#include "train/state.h"
 
 namespace kompakt {
 namespace {
@@ -139,6 +141,53 @@ TEST_CASE("token weights without any gradient, of other seeds, and on one and tw
   model->lm_head.weight.zero_();
   for (const auto& [name, batches] : token_weights(*model, set, row("fisher"), 1, &metrics[0])) CHECK(at::equal(at::cat(batches), at::ones({1500})));
   for (const at::Tensor& metric : metrics[0]) CHECK(at::equal(metric, at::eye(metric.size(0))));
+}
+
+TEST_CASE("a pass for token weights that was killed goes on behind the batches that were saved, to the same bits", "[quantize][token_weights]") {
+  const auto model = tiny_decoder(7, false);
+  const TaskData data = weight_text(25, 300);
+  const CalibrationSet set = calibration_set(weight_context(data), 25);
+  for (const bool with_metrics : {false, true}) {
+    CAPTURE(with_metrics);
+    OutputMetrics whole, parts;
+    const TokenWeights expected = token_weights(*model, set, row("gradient_norm"), 1, with_metrics ? &whole : nullptr);
+    const TemporaryFolder folder;
+    StageContext context = weight_context(data);
+    context.work = folder.path(), context.resume = true;
+    const auto run = [&](const char* identity) {
+      const WeighingRecord record{context, folder.path() / "part.safetensors", identity, std::chrono::seconds(0)};
+      return token_weights(*model, set, row("gradient_norm"), 1, with_metrics ? &parts : nullptr, false, &record);
+    };
+    CHECK(equal(expected, run("a")));
+    CHECK(read_state_json(folder.path() / "part.safetensors").at("batches") == 24);  // of 25: as if killed in the last round
+    // What has been weighed is not weighed again: numbers of the first batches that no gradient has.
+    const auto poison = [&](const std::string& file, float factor) {
+      NamedTensors state;
+      for (const Linear* linear : model->linears()) state.emplace_back(linear->name, at::empty({set.tokens}));
+      std::sort(state.begin(), state.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+      for (int lane = 0; with_metrics && lane < 4; ++lane)
+        for (std::size_t layer = 0; layer < model->blocks.size(); ++layer) state.emplace_back(str("lane.", lane, ".", layer), at::empty({24, 24}));
+      const std::filesystem::path path = folder.path() / file;
+      load_state(path, state);
+      state[0].second.narrow(0, 0, 300).mul_(factor);
+      save_state(path, state, read_state_json(path));
+    };
+    const std::string untouched = read_text(folder.path() / "part.safetensors");
+    poison("part.safetensors", 4);
+    CHECK_FALSE(equal(expected, run("a")));
+    write_text(folder.path() / "part.safetensors", untouched);
+    CHECK(equal(expected, run("a")));
+    for (std::size_t layer = 0; layer < whole.size(); ++layer) CHECK(at::equal(whole[layer], parts[layer]));
+    // Of something else, or damaged, or of a run that does not resume: measured from the start.
+    poison("part.safetensors", 4);
+    CHECK(equal(expected, run("b")));
+    context.resume = false;
+    CHECK(equal(expected, run("a")));
+    context.resume = true;
+    write_text(folder.path() / "part.safetensors", untouched.substr(0, untouched.size() - 100));
+    CHECK(equal(expected, run("a")));
+    for (std::size_t layer = 0; layer < whole.size(); ++layer) CHECK(at::equal(whole[layer], parts[layer]));
+  }
 }
 
 TEST_CASE("weighted moments", "[quantize][token_weights]") {
