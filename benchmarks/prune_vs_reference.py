@@ -3,11 +3,13 @@
 
 usage: prune_vs_reference.py --table PROGRAM --teacher MODEL.gguf --calibration TEXT --test TEXT --sparsegpt FOLDER --wanda FOLDER
                              [--tokens 65536] [--windows 40] [--threads 1] [--only wanda|sparsegpt] [--patterns 50%,2:4] [--bits 4]
+                             [--order reference|sequential]
 
 FOLDER: a clone of github.com/IST-DASLab/sparsegpt and of github.com/locuslab/wanda. Their classes `SparseGPT` and `WrappedGPT` run
 unchanged (block size 128, damping .01); the loop over the layers follows their scripts for Llama: the inputs of a layer come through
 the pruned layers before it, all seven matrices of a layer see the unpruned layer's inputs. PROGRAM: benchmarks/prune_table, told to
-prune in the same order (true_sequential=0). With --bits SparseGPT rounds in the same sweep, by the authors' quantizer (a scale and a zero
+prune in the same order (true_sequential=0) or, with `--order sequential`, in the order that kompakt takes unless told otherwise: part by part,
+so that every matrix sees inputs that come through what was pruned before it, and one pass through a layer is enough. With --bits SparseGPT rounds in the same sweep, by the authors' quantizer (a scale and a zero
 point a row, from the extremes); ours is `quantize: {method: gptq, sparse: ...}`, which goes part by part. Both see the same weights (the GGUF file decoded), calibration windows of 512 and test windows.
 CPU seconds: pruning alone, statistics and forward passes included, loading and scoring not.
 
@@ -31,6 +33,7 @@ parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--only", default="")
 parser.add_argument("--patterns", default="50%,2:4")
 parser.add_argument("--precision", default="float32", choices=("float32", "bf16", "auto"), help="of kompakt's passes over calibration text and of moments; the reference computes in float32")
+parser.add_argument("--order", default="reference", choices=("reference", "sequential"), help="of kompakt: that of the authors' scripts, or its own default")
 parser.add_argument("--bits", type=int, default=0, choices=(0, 4))
 o = parser.parse_args()
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(o.threads)
@@ -135,7 +138,7 @@ def prune(model, calibration, method, pattern):
 def ours():
     """Rows of prune_table: name -> (perplexity, CPU seconds)."""
     names = [f"{method} {pattern}{SUFFIX}" for method in methods for pattern in o.patterns.split(",")]
-    out = subprocess.run([o.table, o.teacher, o.calibration, o.test, "table=weights", "true_sequential=0", f"precision={o.precision}", f"tokens={o.tokens}", f"test={o.windows * WINDOW}", "only==" + ",".join(names)],
+    out = subprocess.run([o.table, o.teacher, o.calibration, o.test, "table=weights", f"true_sequential={int(o.order == 'sequential')}", f"precision={o.precision}", f"tokens={o.tokens}", f"test={o.windows * WINDOW}", "only==" + ",".join(names)],
                          check=True, capture_output=True, text=True).stdout
     rows = {}
     for line in out.splitlines():
