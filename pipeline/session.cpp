@@ -299,6 +299,7 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
   const fs::path target = is_export ? folder_ / "artifact" : folder_ / stage.title;
   if (is_export) {
     publish_artifact(*entry);
+    measure_teacher(index);
     std::string primary;
     const Json& reopened = record.at("details").at("reopened");
     primary = reopened.begin().key();
@@ -308,15 +309,20 @@ void RunSession::run_stage(const RecipeStage& stage, std::size_t index, const st
   } else {
     Store::link_into(*entry, target);
     move_on(stage, key, *entry, record);
-    if (manifest_["teacher"].is_null() && (stage.row->name == "finetune" || !recipe_.has_labels())) {
-      manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
-    }
+    measure_teacher(index);
     record["model"] = stage.row->name == "finetune" ? manifest_["teacher"] : measure_model(stage.title, key, *entry, false);
     record["model"]["label"] = stage.title;
   }
   manifest_["data"] = data_.describe();
   manifest_["stages"].push_back(record);
   write_manifest();
+}
+
+// Before all that is compared with it, example by example; the teacher that a later finetune makes is not there yet.
+void RunSession::measure_teacher(std::size_t index) {
+  const auto finetunes = [](const RecipeStage& stage) { return stage.row->name == "finetune"; };
+  if (!manifest_["teacher"].is_null() || std::any_of(recipe_.stages.begin() + static_cast<std::ptrdiff_t>(index) + 1, recipe_.stages.end(), finetunes)) return;
+  manifest_["teacher"] = measure_model("teacher", teacher_position_.key, teacher_position_.folder, false);
 }
 
 void RunSession::move_on(const RecipeStage& stage, const std::string& key, const fs::path& entry, const Json& record) {
@@ -421,9 +427,8 @@ Json RunSession::measure_model(const std::string& label, const std::string& key,
     // Distributions over different tokens cannot be compared.
     const bool same_tokens = text && !is_teacher && tokenizer->fingerprint() == teacher_tokenizer_->fingerprint();
     // Rows behind the tokenizer's ids are padding: there may be more on one side.
-    const std::int64_t rows = std::min(model->config().vocab, teacher_.config().vocab);
-    const bool same_rows = model->config().vocab == teacher_.config().vocab;
-    const bool comparable = same_tokens && (same_rows || (rows >= tokenizer->vocab_size() && !evaluate_.has_cache));
+    const auto same_rows = [&](std::int64_t mine, std::int64_t theirs) { return mine == theirs || (std::min(mine, theirs) >= tokenizer->vocab_size() && !evaluate_.has_cache); };
+    const bool comparable = same_tokens && same_rows(model->config().vocab, teacher_.config().vocab);
     TokenizedData& tokenized = data_for(tokenizer, model->config());
     if (comparable && holds_teacher_apart()) answering_.release();
     const bool cached = comparable && evaluate_.has_cache && !tokenized.test_windows.empty();

@@ -59,6 +59,20 @@ double figure(const Json& report, const char* entry, const char* name) { return 
 
 }  // namespace
 
+TEST_CASE("a teacher given as a classifier is measured before what is compared with it, example by example", "[continual]") {
+  const Continual setting;
+  for (const char* stages : {"  - prune: {structured: {ffn: 0.5}, criterion: magnitude}\n  - export: {}\n", "  - export: {}\n"}) {
+    const fs::path out = setting.tiny.out(stages[4] == 'p' ? "cut" : "as-it-is");
+    write_text(setting.tiny.recipe(), str("name: given\nseed: 5\nstore: store\nteacher: {path: runs/first/01-finetune}\ndata:\n  train: {files: [old_train.csv], text: text, label: category, max_length: 24}\n",
+                                          "  test: {files: [old.csv], text: text, label: category, max_length: 24}\nstages:\n", stages, "  - evaluate: {latency: false}\n"));
+    const Json report = run_recipe(read_recipe(setting.tiny.recipe()), {.out = out}).report;
+    CHECK(report.at("teacher").at("accuracy").at("value").get<double>() > 0);
+    CHECK_FALSE(contains_all(report.at("verdict").get<std::string>(), {"unpaired"}));
+    CHECK_FALSE(report.at("artifact").at("agreement").is_null());
+    CHECK_FALSE(contains_all(read_text(out / "report.md"), {"same label: not measured"}));
+  }
+}
+
 TEST_CASE("a run goes on from an artifact: new labels get rows, old and new task are measured before and after", "[continual]") {
   const Continual setting;
   const std::string stages = str(tune, "  - export: {}\n");
