@@ -1,8 +1,10 @@
 #include "quantize/token_weights.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -29,7 +31,7 @@ constexpr TokenWeightRow token_weight_rows[] = {
 };
 
 constexpr std::size_t metric_lanes = 4;
-constexpr std::size_t weighing_round = 8;  // batches between two looks at the clock
+constexpr std::size_t weighing_round = 8;  // batches between two looks at the clock, at least; no sum depends on it
 
 // Mean 1 over all tokens.
 at::Tensor weights_scaled(const std::string& name, const at::Tensor& squares, double exponent) {
@@ -118,7 +120,7 @@ TokenWeights token_weights(Transformer& model, const CalibrationSet& set, const 
   for (const auto& [name, values] : squares) state.emplace_back(name, values);
   for (std::size_t lane = 0; lane < lanes.size(); ++lane)
     for (std::size_t layer = 0; layer < lanes[lane].size(); ++layer) state.emplace_back(str("lane.", lane, ".", layer), lanes[lane][layer]);
-  const std::size_t all = set.inputs.size(), round = metrics ? lanes.size() : weighing_round;
+  const std::size_t all = set.inputs.size(), round = metrics ? lanes.size() : std::max<std::size_t>(weighing_round, 2 * static_cast<std::size_t>(at::get_num_threads()));
   std::size_t done = weighed_before(record, state);
   std::optional<Progress> progress;
   if (record) progress.emplace(record->context.title + " token weights", set.tokens, "token");
