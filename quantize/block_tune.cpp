@@ -21,6 +21,7 @@ namespace kompakt {
 namespace {
 
 constexpr std::int64_t tune_piece_tokens = 2048;  // activations of a piece stay small beside the weights
+constexpr double tune_rounding = 0.05;            // share of a block's error that bfloat16 may change it by
 constexpr double tune_reach = 0.5;                // of a latent, in codes: a rounding can change by one
 constexpr double tune_factor_low = 0.5, tune_factor_high = 1.5;
 
@@ -61,6 +62,7 @@ class BlockTuner {
     BlockTuneResult result;
     if (slots_.empty()) return result;
     result.before = result.after = full_loss(candidate());
+    bf16_ = result.bf16 = options_.iterations > 0 && use_bf16(options_.precision, model_.device()) && rounding_is_small();
     std::vector<Quantized> best;
     for (std::int64_t i = 0; i < options_.iterations; ++i) {
       check_interrupted();
@@ -176,6 +178,22 @@ class BlockTuner {
     return out;
   }
 
+  // Of the start's codes, on the first step's sequences. Where a few activations are enormous, bfloat16 rounds them by as much as all codes of
+  // the block are wrong: steps would follow the noise.
+  bool rounding_is_small() {
+    const std::vector<Piece> some = pieces(draw(0));
+    double error[2] = {0, 0};
+    for (const bool bf16 : {false, true}) {
+      std::vector<double> errors(some.size());
+      tune_each(model_.device(), some.size(), [&](std::size_t i) {
+        at::NoGradGuard no_grad;
+        errors[i] = square_error(some[i], bf16).item<double>();
+      });
+      error[bf16] = std::accumulate(errors.begin(), errors.end(), 0.0);
+    }
+    return std::abs(error[1] - error[0]) <= tune_rounding * error[0];
+  }
+
   // Over the whole calibration set.
   double full_loss(const std::vector<Quantized>& codes) {
     for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i].linear->weight = decode(slots_[i].grid.spec, codes[i]);
@@ -207,11 +225,10 @@ class BlockTuner {
     const std::vector<Piece> some = pieces(draw(iteration));
     double values = 0;
     for (const Piece& piece : some) values += piece.values;
-    const bool bf16 = use_bf16(options_.precision, model_.device());
     std::vector<std::vector<at::Tensor>> gradients(some.size());
     tune_each(model_.device(), some.size(), [&](std::size_t i) {
       const at::AutoGradMode gradient(true);
-      gradients[i] = torch::autograd::grad({square_error(some[i], bf16) / std::max(1.0, values)}, weights);
+      gradients[i] = torch::autograd::grad({square_error(some[i], bf16_) / std::max(1.0, values)}, weights);
     });
     const double start = options_.learning_rate > 0 ? options_.learning_rate : 1.0 / static_cast<double>(options_.iterations);
     const double rate = start * (1.0 - static_cast<double>(iteration) / static_cast<double>(options_.iterations));
@@ -247,6 +264,7 @@ class BlockTuner {
   std::vector<at::Tensor> weights_;  // by batch [B,T]; empty = tokens count the same
   std::vector<Slot> slots_;
   std::vector<std::int64_t> order_;
+  bool bf16_ = false;             // of the passes that learn
   std::int64_t start_bytes_ = 0;  // of the entropy-coded matrices
 };
 
@@ -258,7 +276,7 @@ void fields(FieldVisitor& visitor, BlockTuneOptions& options) {
   visitor.number("learning_rate", options.learning_rate, "first step of latents and scale factors, falling linearly to 0; 0 = 1 / iterations", {.min = 0, .max = 1});
   visitor.number("margin", options.margin, "how far from its code, in codes, a latent may start; 0.49 = almost where the float weight lies", {.min = 0, .max = 0.49});
   visitor.integer("evaluate_every", options.evaluate_every, "steps between two losses over the whole calibration set; the best codes are kept", {.min = 1});
-  visitor.choice("precision", options.precision, "of the passes that learn: auto = bf16 autocast where the hardware multiplies bf16; the errors that codes are chosen by are float32", precision_names());
+  visitor.choice("precision", options.precision, "of the passes that learn: auto = bf16 autocast where the hardware multiplies bf16; float32 in any case where its rounding changes a block's error by more than a twentieth; the errors that codes are chosen by are float32", precision_names());
   visitor.number("fisher", options.fisher, "how much the loss's gradients say which directions of a block's output matter: 0 = all the same, 1 = they alone; needs token_weights", {.min = 0, .max = 1});
 }
 

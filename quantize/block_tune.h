@@ -29,6 +29,7 @@ struct BlockActivations {
 struct BlockTuneResult {
   double before = 0, after = 0;  // mean squared error of the block's output over the whole calibration set; after <= before
   std::int64_t best_iteration = 0;
+  bool bf16 = false;  // whether the passes that learned ran under autocast
 };
 
 // `quantized`: codes and scales of the block's linears by name, replaced by better ones; linears without an entry, or on a grid of

@@ -339,7 +339,7 @@ class QuantizeRun {
       put_decoded(weight, spec, result_.tensors.at(name));
       layers_[i]["error"] = describe_layer(name, spec, original.at(name + ".weight"), result_.tensors.at(name)).at("error");
     }
-    layers_.back()["block"] = Json{{"block", layer}, {"error_before", tuned.before}, {"error_after", tuned.after}, {"best_iteration", tuned.best_iteration}, {"seconds", seconds_since(start)}};
+    layers_.back()["block"] = Json{{"block", layer}, {"error_before", tuned.before}, {"error_after", tuned.after}, {"best_iteration", tuned.best_iteration}, {"precision", tuned.bf16 ? "bf16" : "float32"}, {"seconds", seconds_since(start)}};
     progress_->update(static_cast<std::int64_t>(result_.tensors.size()), str("block ", layer, " tuned, squared error ", shortest(tuned.before), " -> ", shortest(tuned.after)));
   }
 

@@ -165,7 +165,7 @@ TEST_CASE("straight-through gradients: exact in scales and offsets, the scale in
 }
 
 TEST_CASE("block tuning lowers the block's error on every grid and stays on it", "[quantize][tune]") {
-  bool differs = false;
+  bool differs = false, guarded = false;
   for (const Grid& grid : grids()) {
     if (grid.levels || grid.kquant || (grid.group_fixed && grid.default_group > 8)) continue;  // rows of 24 and 40; the same code as their free twins
     CAPTURE(grid.name);
@@ -178,6 +178,10 @@ TEST_CASE("block tuning lowers the block's error on every grid and stays on it",
     TuneProblem low = tune_problem(spec);  // passes under autocast: another path to an error as small, scored in float32
     options.precision = "bf16";
     const BlockTuneResult rounded = tune_run(low, options);
+    // Codes of eight bits are wrong by as little as bfloat16 is: those blocks learn in float32, to the same result.
+    if (!rounded.bf16) CHECK(rounded.after == result.after);
+    guarded = guarded || !rounded.bf16;
+    if (grid.code_max - grid.code_min < 16) CHECK(rounded.bf16);
     CHECK(rounded.before == result.before);
     if (grid.code_max - grid.code_min < 16) CHECK(rounded.after < 0.9 * rounded.before);
     differs = differs || rounded.after != result.after;
@@ -197,6 +201,7 @@ TEST_CASE("block tuning lowers the block's error on every grid and stays on it",
     CHECK(error / values == Approx(result.after).epsilon(1e-4));
   }
   CHECK(differs);
+  CHECK(guarded);
 }
 
 TEST_CASE("tokens count by their weights: all one as without, padded or not, and those that count nothing do not matter", "[quantize][tune]") {
