@@ -178,8 +178,8 @@ class BlockTuner {
     return out;
   }
 
-  // Of the start's codes, on the first step's sequences. Where a few activations are enormous, bfloat16 rounds them by as much as all codes of
-  // the block are wrong: steps would follow the noise.
+  // Of the start's codes, on the first step's sequences. Where bfloat16 rounds by about as much as the codes are wrong (those of eight bits, a few
+  // enormous activations), steps would follow the noise.
   bool rounding_is_small() {
     const std::vector<Piece> some = pieces(draw(0));
     double error[2] = {0, 0};
