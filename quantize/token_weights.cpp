@@ -1,7 +1,6 @@
 #include "quantize/token_weights.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include "core/log.h"
 #include "core/random.h"
 #include "core/text.h"
+#include "model/parallel.h"
 #include "quantize/sensitivity.h"
 #include "train/measurement.h"
 #include "train/precision.h"
