@@ -64,6 +64,13 @@ TokenBatch batch_of_rows(const std::vector<Ids>& rows) {
 
 HiddenAndHead as_logits(const at::Tensor& logits) { return {logits, at::eye(logits.size(1), at::kDouble), {}}; }
 
+std::shared_ptr<Objective> cross_objective(const CrossLoss& row, const Transformer& student, const Transformer& teacher) {
+  ObjectiveShapes shapes = objective_shapes(student, teacher.config(), 0);
+  shapes.crossed = true;
+  Problems problems;
+  return build_objectives(parse_yaml(str("[{cross_tokenizer: ", row.name, "}]"), "test"), {}, problems, shapes).at(0);
+}
+
 }  // namespace
 
 TEST_CASE("bytes of tokens: byte-level stand-ins, byte fallback, dummy prefix") {
@@ -239,10 +246,7 @@ TEST_CASE("objectives between tokenizers: zero for one and the same model and to
   student->requires_grad(true);
   for (const CrossLoss& row : cross_losses()) {
     INFO(row.name);
-    ObjectiveShapes shapes = objective_shapes(*student, teacher->config(), 0);
-    shapes.crossed = true;
-    Problems problems;
-    const auto objective = build_objectives(parse_yaml(str("[{cross_tokenizer: ", row.name, "}]"), "test"), {}, problems, shapes).at(0);
+    const auto objective = cross_objective(row, *student, *teacher);
     const auto evaluate = [&](TeacherSource& source, const TokenBatch& texts) {
       const ModelInput in = to_input(texts, c10::Device(c10::kCPU));
       const TeacherTargets targets = source.targets(texts);
@@ -282,10 +286,7 @@ TEST_CASE("objectives between tokenizers: rows of a head that no token belongs t
   const auto source = cross_tokenizer_teacher(teacher, *mine, *other);
   for (const CrossLoss& row : cross_losses()) {
     INFO(row.name);
-    ObjectiveShapes shapes = objective_shapes(*student, teacher->config(), 0);
-    shapes.crossed = true;
-    Problems problems;
-    const auto objective = build_objectives(parse_yaml(str("[{cross_tokenizer: ", row.name, "}]"), "test"), {}, problems, shapes).at(0);
+    const auto objective = cross_objective(row, *student, *teacher);
     at::Tensor& head = student->lm_head.weight.defined() ? student->lm_head.weight : student->tokens.weight;
     const auto evaluate = [&](double padding) {  // value, largest gradient of a padding row, of another row
       {
