@@ -40,12 +40,11 @@ LanguageScores score_language(const Transformer& model, const Transformer* teach
       const at::Tensor log_q = at::log_softmax(model.head(student_hidden.slice(0, first, last)).to(at::kFloat), -1);
       student_nll -= log_q.gather(1, next).to(at::kDouble).sum().item<double>();
       if (!teacher) continue;
-      const at::Tensor logits = teacher->head(teacher_hidden.slice(0, first, last)).to(at::kFloat);
-      at::Tensor log_p = at::log_softmax(logits, -1);
+      at::Tensor log_p = at::log_softmax(teacher->head(teacher_hidden.slice(0, first, last)).to(at::kFloat), -1);
       teacher_nll -= log_p.gather(1, next).to(at::kDouble).sum().item<double>();
       const at::Tensor same = log_p.argmax(-1).eq(log_q.argmax(-1)).to(at::kByte).cpu().contiguous();
       const std::int64_t rows = std::min(log_p.size(1), log_q.size(1));
-      if (rows < log_p.size(1)) log_p = at::log_softmax(logits.narrow(1, 0, rows), -1);
+      if (rows < log_p.size(1)) log_p = at::log_softmax(log_p.narrow(1, 0, rows), -1);
       const at::Tensor kl = (log_p.exp() * (log_p - log_q.narrow(1, 0, rows))).sum(-1).cpu().contiguous();  // [c]
       scores.kl.insert(scores.kl.end(), kl.const_data_ptr<float>(), kl.const_data_ptr<float>() + kl.numel());
       scores.same_top1.insert(scores.same_top1.end(), same.const_data_ptr<std::uint8_t>(), same.const_data_ptr<std::uint8_t>() + same.numel());

@@ -42,7 +42,7 @@ class RunSession {
   // What a stage's function gets, but for the teacher; loads the model and makes the scratch folder.
   StageContext stage_context(const RecipeStage& stage, std::size_t index, const std::string& key, Json& details);
   void add_teacher(const RecipeStage& stage, StageContext& context);
-  void measure_teacher(std::size_t index);  // behind stage `index`, once nothing makes another one
+  void measure_teacher(std::size_t index);  // behind stage `index`, unless it is known or a later stage makes another one
   void move_on(const RecipeStage& stage, const std::string& key, const std::filesystem::path& entry, const Json& record);
   // current_ from position_.folder when it is not there; `paging`: folder for its weights, empty = in memory; `shape_only`: without weights.
   void load_current(const std::filesystem::path& paging = {}, bool shape_only = false);

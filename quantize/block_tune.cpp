@@ -182,16 +182,17 @@ class BlockTuner {
   // enormous activations), steps would follow the noise.
   bool rounding_is_small() {
     const std::vector<Piece> some = pieces(draw(0));
-    double error[2] = {0, 0};
-    for (const bool bf16 : {false, true}) {
-      std::vector<double> errors(some.size());
-      tune_each(model_.device(), some.size(), [&](std::size_t i) {
-        at::NoGradGuard no_grad;
-        errors[i] = square_error(some[i], bf16).item<double>();
-      });
-      error[bf16] = std::accumulate(errors.begin(), errors.end(), 0.0);
-    }
-    return std::abs(error[1] - error[0]) <= tune_rounding * error[0];
+    const double error = summed_error(some, false);
+    return std::abs(summed_error(some, true) - error) <= tune_rounding * error;
+  }
+
+  double summed_error(const std::vector<Piece>& some, bool bf16) const {
+    std::vector<double> errors(some.size());
+    tune_each(model_.device(), some.size(), [&](std::size_t i) {
+      at::NoGradGuard no_grad;
+      errors[i] = square_error(some[i], bf16).item<double>();
+    });
+    return std::accumulate(errors.begin(), errors.end(), 0.0);
   }
 
   // Over the whole calibration set.
@@ -204,12 +205,7 @@ class BlockTuner {
     double error = 0, values = 0;
     for (std::size_t first = 0; first < all.size(); first += chunk) {
       const std::vector<Piece> some = pieces({all.begin() + static_cast<std::ptrdiff_t>(first), all.begin() + static_cast<std::ptrdiff_t>(std::min(all.size(), first + chunk))});
-      std::vector<double> errors(some.size());
-      tune_each(model_.device(), some.size(), [&](std::size_t i) {
-        at::NoGradGuard no_grad;
-        errors[i] = square_error(some[i], false).item<double>();
-      });
-      error += std::accumulate(errors.begin(), errors.end(), 0.0);
+      error += summed_error(some, false);
       for (const Piece& piece : some) values += piece.values;
     }
     return error / std::max(1.0, values);

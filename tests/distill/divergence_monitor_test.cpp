@@ -2,26 +2,15 @@
 #include <ATen/ATen.h>
 
 #include "core/files.h"
-#include "core/node.h"
 #include "distill/stage.h"
 #include "tests/catch_torch.h"
+#include "tests/distill/objectives.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
 #include "train/teacher.h"
 
 using namespace kompakt;
 using namespace kompakt::testing;
-
-namespace {
-
-std::vector<std::shared_ptr<Objective>> monitored_objectives(const std::string& yaml, const std::vector<std::int64_t>& map, const ObjectiveShapes& shapes) {
-  Problems problems;
-  auto objectives = build_objectives(parse_yaml(yaml, "recipe.yaml"), map, problems, shapes);
-  problems.throw_if_any("mistakes");
-  return objectives;
-}
-
-}  // namespace
 
 TEST_CASE("the divergence is logged beside objectives that look at other values of the teacher, and changes nothing") {
   for (const bool text : {false, true}) {
@@ -39,7 +28,7 @@ TEST_CASE("the divergence is logged beside objectives that look at other values 
       context.title = "01-distill", context.work = work.path(), context.seed = 5, context.data = &data, context.teacher = source.get(), context.details = &details;
       auto student = make_student(*teacher, options.student);
       if (monitored) distill(*student, options, context);
-      else train(*student, options.train, monitored_objectives(objective, student_layer_map(options.student, teacher->config().layers), objective_shapes(*student, teacher->config(), 5)), {}, context);
+      else train(*student, options.train, objectives_of(objective, student_layer_map(options.student, teacher->config().layers), objective_shapes(*student, teacher->config(), 5)), {}, context);
       return student;
     };
     Json alone = Json::object(), beside = Json::object(), without = Json::object();
@@ -74,7 +63,7 @@ TEST_CASE("with labels alone the divergence is measured now and then, and change
     context.title = "01-distill", context.work = work.path(), context.seed = 5, context.data = &data, context.teacher = source.get(), context.details = &details[watched];
     const auto student = make_student(*teacher, options.student);
     if (watched) results[1] = distill(*student, options, context);
-    else results[0] = train(*student, options.train, monitored_objectives("[{labels: cross_entropy}]", student_layer_map(options.student, 3), objective_shapes(*student, teacher->config(), 5)), {}, context);
+    else results[0] = train(*student, options.train, objectives_of("[{labels: cross_entropy}]", student_layer_map(options.student, 3), objective_shapes(*student, teacher->config(), 5)), {}, context);
     CHECK(context.watched == nullptr);
     weights[watched] = copy_of(*student);
   }

@@ -10,6 +10,7 @@
 #include "core/node.h"
 #include "distill/losses.h"
 #include "distill/stage.h"
+#include "tests/distill/objectives.h"
 #include "tests/distill/tokenizers.h"
 #include "tests/support.h"
 #include "tests/tiny_models.h"
@@ -19,13 +20,6 @@ using namespace kompakt;
 using namespace kompakt::testing;
 
 namespace {
-
-std::vector<std::shared_ptr<Objective>> objectives_of(const std::string& yaml, const std::vector<std::int64_t>& map, const ObjectiveShapes& shapes = {}) {
-  Problems problems;
-  auto objectives = build_objectives(parse_yaml(yaml, "recipe.yaml"), map, problems, shapes);
-  problems.throw_if_any("mistakes");
-  return objectives;
-}
 
 TokenBatch batch_of(const TokenizedExamples& examples, std::int64_t count) { return ClassificationBatches(examples, count, 0, 1, 0).evaluation(count).at(0); }
 
